@@ -1,0 +1,1 @@
+"""tqstack: one OpenAI-compatible endpoint, two backends, a compressed KV cache."""
