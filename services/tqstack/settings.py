@@ -1,0 +1,172 @@
+"""Every setting, once: `config.env`, then the environment, which wins.
+
+The file is `~/ai/turboquant/config.env`, or the one that `TQSTACK_CONFIG` names. A name that is
+not a setting, or a value that is not possible, is a `SettingsError` that says which, and what is
+allowed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DEFAULT_CONFIG = "~/ai/turboquant/config.env"
+DEFAULT_MAC_MODEL = "mlx-community/Qwen3.6-35B-A3B-4bit"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# In the environment, only a misspelled name with one of these prefixes can be meant for us.
+OUR_PREFIXES = ("TQ_", "TQSTACK_", "SIDECAR_", "ROUTER_", "PROMPT_TOKEN_")
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Switch = Literal["auto", "1", "0"]
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; the message names it, its value and what is allowed."""
+
+
+class Settings(BaseSettings):
+    """All settings. Field names are the variables' names in lower case."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True)
+
+    sidecar_enabled: Switch = Field("auto", description="run the sidecar: auto, 1 or 0")
+    sidecar_model: str = Field(
+        "auto", min_length=1, description="model of the sidecar: demo, a folder, or a hub name"
+    )
+    ollama_model: str = Field(
+        "", description="Ollama's model for requests that name none of its own; empty: its first"
+    )
+    ollama_base_url: str = Field(
+        "http://127.0.0.1:11434", description="Ollama, or any OpenAI-compatible server"
+    )
+    prompt_token_threshold: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="prompts of at least so many tokens go to the sidecar"
+    )
+    router_host: str = Field("127.0.0.1", min_length=1, description="address the router listens on")
+    router_port: Port = Field(8000, description="port the router listens on")
+    sidecar_host: str = Field("127.0.0.1", min_length=1, description="the sidecar's address")
+    sidecar_port: Port = Field(8001, description="the sidecar's port")
+    tqstack_api_key: str = Field("", description="key that clients must send; empty: none")
+    tqstack_log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="how much is logged"
+    )
+    tq_kv_bits: str = Field("4", description="bits per cached value: 1-8, 3.5, k4v3, ...")
+    tq_kv_group_size: Annotated[int, Field(ge=16, le=512)] = Field(
+        64, description="values that share a scale, for the codecs that have groups"
+    )
+    tq_use_rotation: Literal["1", "0", "qr"] = Field("1", description="rotate: 1, 0 or qr")
+    tq_use_normalization: Literal["1", "0"] = Field("1", description="store a norm per vector")
+    tq_boundary_layers: Annotated[int, Field(ge=0)] = Field(
+        0, description="softmax layers kept in 16 bits at either end"
+    )
+    tq_cache_version: Literal["turboquant", "affine", "native", "none"] = Field(
+        "turboquant", description="which code the cache uses"
+    )
+
+    @field_validator("tq_kv_bits")
+    @classmethod
+    def _bits_are_known(cls, value: str) -> str:
+        number = r"[1-8](\.\d+)?"
+        if not re.fullmatch(rf"{number}|k{number}v{number}", value.lower()):
+            raise ValueError("allowed: 1 to 8, a fraction such as 3.5, or a pair such as k4v3")
+        return value.lower()
+
+    @field_validator("ollama_base_url")
+    @classmethod
+    def _url_is_http(cls, value: str) -> str:
+        url = urlsplit(value)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError(
+                "allowed: an http:// or https:// address, such as http://127.0.0.1:11434"
+            )
+        # `localhost` may resolve to ::1, where Ollama does not listen: dial the address.
+        value = value.replace("//localhost", "//127.0.0.1", 1)
+        return value.rstrip("/").removesuffix("/v1")
+
+    @model_validator(mode="after")
+    def _other_addresses_need_a_key(self) -> Settings:
+        for name in ("router_host", "sidecar_host"):
+            if getattr(self, name) not in LOOPBACK and not self.tqstack_api_key:
+                raise ValueError(
+                    f"{name.upper()}={getattr(self, name)!r} is not a loopback address: "
+                    "set TQSTACK_API_KEY as well, or use 127.0.0.1"
+                )
+        return self
+
+    @cached_property
+    def model_name(self) -> str:
+        """The sidecar's model, with `auto` resolved: the demo wherever there is no accelerator."""
+        if self.sidecar_model != "auto":
+            return self.sidecar_model
+        return DEFAULT_MAC_MODEL if accelerator() == "metal" else "demo"
+
+    @property
+    def sidecar_url(self) -> str:
+        return _url(self.sidecar_host, self.sidecar_port)
+
+    @property
+    def router_url(self) -> str:
+        return _url(self.router_host, self.router_port)
+
+
+def _url(host: str, port: int) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def accelerator() -> Literal["metal", "cuda", "cpu"]:
+    """What this machine computes on, told without importing mlx."""
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return "metal"
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
+def config_path() -> Path:
+    return Path(os.environ.get("TQSTACK_CONFIG") or DEFAULT_CONFIG).expanduser()
+
+
+def load_settings() -> Settings:
+    """Read the file and the environment.
+
+    Raises:
+        SettingsError: an unknown setting, or a value that is not allowed.
+    """
+    path = config_path()
+    if not path.exists() and os.environ.get("TQSTACK_CONFIG"):
+        raise SettingsError(f"TQSTACK_CONFIG={str(path)!r}: there is no such file")
+    for name in os.environ:
+        if name.startswith(OUR_PREFIXES) and name not in (*_names(), "TQSTACK_CONFIG"):
+            raise SettingsError(_unknown(name))
+    try:
+        return Settings(_env_file=path)  # pyright: ignore[reportCallIssue]
+    except ValidationError as error:
+        raise SettingsError(_explain(error)) from None
+
+
+def _names() -> list[str]:
+    return [name.upper() for name in Settings.model_fields]
+
+
+def _unknown(name: str) -> str:
+    return f"{name.upper()} is not a setting; allowed: {', '.join(sorted(_names()))}"
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        field = str(problem["loc"][0]) if problem["loc"] else ""
+        message = problem["msg"].removeprefix("Value error, ")
+        line = f"{field.upper()}={problem['input']!r}: {message}" if field else message
+        if problem["type"] == "extra_forbidden":
+            line = _unknown(field)
+        if line not in lines:
+            lines.append(line)
+    return "; ".join(lines)

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import itertools
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tqstack.openai_api.sse import DONE, EventParser, event
+
+
+def cut(data: bytes, places: list[int]) -> list[bytes]:
+    edges = sorted({0, len(data), *(p % (len(data) + 1) for p in places)})
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
+
+
+@given(st.lists(st.text()), st.lists(st.integers(0, 10_000)), st.sampled_from(["\n", "\r\n", "\r"]))
+def test_events_survive_any_cut_and_any_line_end(texts, places, line_end):
+    stream = b"".join(event({"text": text}) for text in texts) + b": a comment\n\n" + DONE
+    stream = stream.replace(b"\n", line_end.encode())
+    # A lone \r at the very end could still become \r\n: the parser waits for one byte more.
+    parser, payloads = EventParser(), []
+    for piece in [*cut(stream, places), b"\n"]:
+        payloads += parser.feed(piece)
+    assert payloads[-1] == b"[DONE]"
+    assert [json.loads(p)["text"] for p in payloads[:-1]] == texts
+
+
+def test_an_event_over_the_limit_is_dropped_and_the_next_one_is_read():
+    parser = EventParser(limit=100)
+    big = b"data: " + b"x" * 1000 + b"\n\n"
+    assert parser.feed(big[:500]) == []
+    assert parser.feed(big[500:] + DONE) == [b"[DONE]"]

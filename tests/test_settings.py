@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+
+from tqstack.settings import Settings, SettingsError, load_settings
+
+
+@pytest.fixture(autouse=True)
+def empty_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("TQSTACK_CONFIG", raising=False)
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_defaults_are_the_documented_ones():
+    settings = load_settings()
+    assert (settings.router_url, settings.sidecar_url) == (
+        "http://127.0.0.1:8000",
+        "http://127.0.0.1:8001",
+    )
+    assert (settings.tq_kv_bits, settings.prompt_token_threshold) == ("4", "auto")
+
+
+def test_the_environment_wins_over_the_file(tmp_path, monkeypatch):
+    file = tmp_path / "my.env"
+    file.write_text("ROUTER_PORT=8100  # a comment\nTQ_KV_BITS=3\nOLLAMA_MODEL=\n")
+    monkeypatch.setenv("TQSTACK_CONFIG", str(file))
+    monkeypatch.setenv("TQ_KV_BITS", "k4v3")
+    settings = load_settings()
+    assert (settings.router_port, settings.tq_kv_bits, settings.ollama_model) == (8100, "k4v3", "")
+
+
+@pytest.mark.parametrize(
+    "name, value, allowed",
+    [
+        ("TQ_KV_BITS", "9", "1 to 8"),
+        ("ROUTER_PORT", "99999", "65535"),
+        ("ROUTER_PORT", "http", "integer"),
+        ("SIDECAR_ENABLED", "maybe", "auto"),
+        ("TQ_CACHE_VERSION", "magic", "turboquant"),
+        ("OLLAMA_BASE_URL", "ftp://x", "http"),
+        ("PROMPT_TOKEN_THRESHOLD", "-4", "auto"),
+        ("ROUTER_HOST", "0.0.0.0", "TQSTACK_API_KEY"),
+    ],
+)
+def test_an_impossible_value_names_the_variable_the_value_and_what_is_allowed(
+    monkeypatch, name, value, allowed
+):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as error:
+        load_settings()
+    for part in (name, value, allowed):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["file", "environment"])
+def test_an_unknown_setting_is_an_error_wherever_it_stands(tmp_path, monkeypatch, where):
+    if where == "file":
+        (tmp_path / "c.env").write_text("TQ_KV_BIT=3\n")
+        monkeypatch.setenv("TQSTACK_CONFIG", str(tmp_path / "c.env"))
+    else:
+        monkeypatch.setenv("TQ_KV_BIT", "3")
+    with pytest.raises(SettingsError, match=r"TQ_KV_BIT .*not a setting.*TQ_KV_BITS"):
+        load_settings()
+
+
+def test_localhost_is_dialled_by_address(monkeypatch):
+    monkeypatch.setenv("OLLAMA_BASE_URL", "http://localhost:11434/v1/")
+    assert load_settings().ollama_base_url == "http://127.0.0.1:11434"
