@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -54,7 +56,7 @@ def test_a_prompt_in_pieces_ends_in_the_same_state_as_in_one(cuts, seed):
     *tokens, state = inputs(1, 100, seed=seed)
     y_whole, state_whole = gd.gated_delta(*tokens, state)
     ys, edges = [], [0, *sorted(cuts), 100]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         y, state = gd.gated_delta(*(x[:, start:stop] for x in tokens), state)
         ys.append(y)
     assert error(mx.concatenate(ys, axis=1), y_whole) < TOLERANCE

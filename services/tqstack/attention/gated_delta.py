@@ -110,18 +110,19 @@ def gated_delta(
         return _step(q, k, v, log_g, beta, state)
     parts = []
     for start in range(0, T, SEGMENT):
-        segment = (x[:, start : start + SEGMENT] for x in (q, k, v, log_g, beta))
-        y, state = _chunked(*segment, state)
+        part = slice(start, start + SEGMENT)
+        y, state = _chunked(
+            q[:, part], k[:, part], v[:, part], log_g[:, part], beta[:, part], state
+        )
         parts.append(y.astype(q.dtype))
     return (parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)), state
 
 
 def _step(q, k, v, log_g, beta, state) -> tuple[mx.array, mx.array]:
     """One token, reading the state once for both <S, k> and <S, q>."""
-    B, _, Hk, Dk = k.shape
-    Hv, Dv = v.shape[-2:]
+    repeats = v.shape[2] // k.shape[2]
     qk = mx.stack([q[:, 0], k[:, 0]], axis=-1).astype(mx.float32)  # (B, Hk, Dk, 2)
-    qk = mx.repeat(qk, Hv // Hk, axis=1)
+    qk = mx.repeat(qk, repeats, axis=1)
     g, beta = mx.exp(log_g[:, 0])[..., None], beta[:, 0, :, None]  # (B, Hv, 1)
     read = (state @ qk) * g[..., None]  # (B, Hv, Dv, 2)
     u = (v[:, 0].astype(mx.float32) - read[..., 1]) * beta  # (B, Hv, Dv)
