@@ -110,7 +110,7 @@ def gated_delta(
         return _step(q, k, v, log_g, beta, state)
     parts = []
     for start in range(0, T, SEGMENT):
-        part = slice(start, start + SEGMENT)
+        at = slice(start, start + SEGMENT)
         y, state = _chunked(
             q[:, part], k[:, part], v[:, part], log_g[:, part], beta[:, part], state
         )
