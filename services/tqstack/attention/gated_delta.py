@@ -111,9 +111,7 @@ def gated_delta(
     parts = []
     for start in range(0, T, SEGMENT):
         at = slice(start, start + SEGMENT)
-        y, state = _chunked(
-            q[:, part], k[:, part], v[:, part], log_g[:, part], beta[:, part], state
-        )
+        y, state = _chunked(q[:, at], k[:, at], v[:, at], log_g[:, at], beta[:, at], state)
         parts.append(y.astype(q.dtype))
     return (parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)), state
 
