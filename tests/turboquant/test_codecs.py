@@ -8,11 +8,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tqstack.turboquant import make_codec
+from tqstack.turboquant import make_codec, outlier_spec
 
 DIMS = (64, 80, 96, 112, 128, 192, 256, 576)
-SPECS = ("none", "tq1", "tq2", "tq3", "tq4", "tq5", "tq6", "tq7", "tq8")
-VARIANTS = ("tq4-g16", "tq3-qr", "tq4-none", "tq4-raw", "tq2-s3", "tq3-g16-qr-raw-s9")
+PLAIN = tuple(f"tq{bits}" for bits in range(1, 9))
+VARIANTS = ("none", "tq4-g16", "tq3-qr", "tq4-none", "tq4-raw", "tq2-s3", "tq3-g16-qr-raw-s9")
+VARIANTS += (
+    "tq3.5",
+    "tq2.5-outliers",
+    "prod1",
+    "prod3",
+    "prod4-s2",
+    "affine4-g64",
+    "affine3-g32-qr",
+)
+
+
+def spec_for(name: str, dim: int) -> str | None:
+    """The spec itself, with outlier channels filled in; None where the dimension cannot have it."""
+    if name == "tq2.5-outliers":
+        return outlier_spec(2.5, np.arange(dim) % 2)
+    if name.startswith("affine"):
+        return name if dim % int(name.split("-g")[1].split("-")[0]) == 0 else None
+    return name
+
+
+CASES = [(spec, dim) for name in PLAIN + VARIANTS for dim in DIMS if (spec := spec_for(name, dim))]
+SPECS_64 = [spec for spec, dim in CASES if dim == 64]
 
 
 def vectors(*shape: int, seed: int = 0) -> mx.array:
@@ -25,12 +47,12 @@ def same_planes(a, b) -> bool:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    spec=st.sampled_from(SPECS + VARIANTS),
-    dim=st.sampled_from(DIMS),
+    case=st.sampled_from(CASES),
     lead=st.lists(st.integers(0, 3), max_size=3),
     dtype=st.sampled_from((mx.float32, mx.float16, mx.bfloat16)),
 )
-def test_planes_have_the_promised_shapes_and_bytes(spec, dim, lead, dtype):
+def test_planes_have_the_promised_shapes_and_bytes(case, lead, dtype):
+    spec, dim = case
     codec = make_codec(spec, dim)
     planes = codec.encode(vectors(*lead, dim).astype(dtype))
     promised = [((*lead, width), kind) for width, kind in codec.plane_shapes()]
@@ -48,8 +70,7 @@ def test_stored_bytes_are_exactly_the_codes_and_a_half_precision_scale(bits, dim
     assert sum(plane.nbytes for plane in planes) == 5 * (-(-dim * bits // 8) + 2)
 
 
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("spec", SPECS + VARIANTS)
+@pytest.mark.parametrize(("spec", "dim"), CASES)
 def test_the_spec_makes_an_equal_codec(spec, dim):
     x = vectors(4, dim)
     codec = make_codec(spec, dim)
@@ -59,8 +80,7 @@ def test_the_spec_makes_an_equal_codec(spec, dim):
     assert mx.array_equal(codec.decode(codec.encode(x)), again.decode(again.encode(x)))
 
 
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("spec", ("tq4", "tq4-qr"))
+@pytest.mark.parametrize(("spec", "dim"), [case for case in CASES if case[0] not in PLAIN[1:]])
 def test_rotation_keeps_inner_products_and_unrotate_inverts_it(spec, dim):
     codec = make_codec(spec, dim)
     matrix = np.array(codec.rotate(mx.eye(dim)))
@@ -75,13 +95,13 @@ def test_scores_and_outputs_come_out_in_the_rotated_domain(dim):
     q, k = vectors(7, dim, seed=1), vectors(9, dim, seed=2)
     decoded = codec.decode(codec.encode(k))
     np.testing.assert_allclose(
-        np.array(codec.rotate(q) @ decoded.T), np.array(q @ k.T), atol=0.02 * dim**0.5
+        np.array(codec.rotate(q) @ decoded.T), np.array(q @ k.T), atol=0.035 * dim**0.5
     )
     error = mx.linalg.norm(codec.unrotate(decoded) - k) / mx.linalg.norm(k)
     assert error.item() < 0.01
 
 
-@pytest.mark.parametrize("spec", SPECS + VARIANTS)
+@pytest.mark.parametrize("spec", SPECS_64)
 def test_each_vector_is_coded_by_itself(spec):
     codec = make_codec(spec, 64)
     x = vectors(2, 3, 5, 64)
@@ -90,7 +110,7 @@ def test_each_vector_is_coded_by_itself(spec):
         assert mx.array_equal(plane[1:2, 2:, 4:], one)
 
 
-@pytest.mark.parametrize("spec", SPECS + VARIANTS)
+@pytest.mark.parametrize("spec", SPECS_64)
 def test_bad_vectors_are_stored_as_zeros_and_spoil_no_other(spec):
     codec = make_codec(spec, 64)
     x = np.array(vectors(6, 64))
@@ -104,13 +124,13 @@ def test_bad_vectors_are_stored_as_zeros_and_spoil_no_other(spec):
         assert np.linalg.norm(decoded[row]) > 1.0
 
 
-@pytest.mark.parametrize("spec", SPECS + VARIANTS)
+@pytest.mark.parametrize("spec", SPECS_64)
 @pytest.mark.parametrize("size", (1e38, 1e30, 1e6, 1e-6, 1e-30, 1e-42))
-def test_huge_and_tiny_vectors_stay_finite(spec, size):
-    codec = make_codec(spec, 128)
-    decoded = codec.decode(codec.encode(vectors(3, 128) * size))
+def test_huge_vectors_saturate_and_tiny_ones_vanish(spec, size):
+    codec = make_codec(spec, 64)
+    decoded = codec.decode(codec.encode(vectors(3, 64) * size))
     assert mx.isfinite(decoded).all().item()
-    assert (mx.abs(decoded).max().item() > 1e4) == (size >= 1e6)
+    assert (mx.abs(decoded).max().item() > 2e3) == (size >= 1e6)
 
 
 @pytest.mark.parametrize("spec", ("tq0", "tq9", "tq12"))

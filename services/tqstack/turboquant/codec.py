@@ -7,7 +7,10 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from .affine import AffineCodec
 from .lloyd import LloydCodec
+from .outliers import OutlierCodec
+from .qjl import ProdCodec
 
 
 class Codec(Protocol):
@@ -75,29 +78,59 @@ class Uncompressed:
     unrotate = rotate
 
 
-_LLOYD = re.compile(r"tq(\d+)(?:-g(\d+))?(?:-(qr|none))?(-raw)?(?:-s(\d+))?")
-
-
 def make_codec(spec: str, dim: int) -> Codec:
     """The codec that `spec` names, for vectors of `dim` values. ValueError says what is allowed.
 
-    none                          float16 values
-    tqB[-gG][-qr|-none][-raw][-sS]  TurboQuant: B bits (1-8), a scale per G coordinates instead
-                                  of per vector, QR or no rotation instead of Hadamard, scales
-                                  not norm-corrected, another seed of the rotation
+    none                 float16 values
+    tqB[-gG][-qr|-none][-raw][-sS]
+                         TurboQuant, B bits (1-8, fractions such as 3.5): a scale per G coordinates
+                         instead of per vector, QR or no rotation instead of Hadamard, scales not
+                         norm-corrected, another seed of the rotation
+    tqB-oHEX             fractional B with the extra bit on the channels whose bits HEX sets
+    prodB[-sS]           TurboQuant's Algorithm 2: B - 1 bits and a one-bit residual sketch
+    affineB-gG[-qr|-none]
+                         mx.quantize after the rotation
     """
     if dim <= 0 or dim % 8:
         raise ValueError(f"head_dim is {dim}; codecs take positive multiples of 8")
     if spec == "none":
         return Uncompressed(dim)
-    if match := _LLOYD.fullmatch(spec):
-        bits, group, rotation, raw, seed = match.groups()
-        return LloydCodec(
-            dim,
-            int(bits),
-            group=int(group) if group else None,
-            rotation=rotation or "hadamard",
-            corrected=raw is None,
-            seed=int(seed or 0),
-        )
+    for pattern, make in _FAMILIES:
+        if match := pattern.fullmatch(spec):
+            return make(dim, **{k: v for k, v in match.groupdict().items() if v is not None})
     raise ValueError(f"codec spec {spec!r} is unknown; examples: tq4, tq3-g64, tq4-qr, none")
+
+
+def _lloyd(dim: int, bits: str, group="0", rotation="hadamard", raw="", seed="0") -> Codec:
+    return LloydCodec(
+        dim,
+        float(bits),
+        group=int(group) or None,
+        rotation=rotation,
+        corrected=not raw,
+        seed=int(seed),
+    )
+
+
+def _outlier(dim: int, bits: str, channels: str) -> Codec:
+    return OutlierCodec(dim, float(bits), int(channels, 16))
+
+
+def _prod(dim: int, bits: str, seed="0") -> Codec:
+    return ProdCodec(dim, int(bits), seed=int(seed))
+
+
+def _affine(dim: int, bits: str, group: str, rotation="hadamard") -> Codec:
+    return AffineCodec(dim, int(bits), group=int(group), rotation=rotation)
+
+
+_WIDTH = r"(?P<bits>\d+(?:\.\d+)?)"
+_GROUP = r"-g(?P<group>[1-9]\d*)"
+_ROTATION = r"(?:-(?P<rotation>qr|none))?"
+_SEED = r"(?:-s(?P<seed>\d+))?"
+_FAMILIES = (
+    (re.compile(rf"tq{_WIDTH}(?:{_GROUP})?{_ROTATION}(?P<raw>-raw)?{_SEED}"), _lloyd),
+    (re.compile(rf"tq{_WIDTH}-o(?P<channels>[0-9a-f]+)"), _outlier),
+    (re.compile(rf"prod(?P<bits>\d+){_SEED}"), _prod),
+    (re.compile(rf"affine(?P<bits>\d+){_GROUP}{_ROTATION}"), _affine),
+)

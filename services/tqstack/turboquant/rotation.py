@@ -39,14 +39,14 @@ def _hadamard_size(dim: int) -> int:
 class RandomHadamard:
     """Random signs, then a Hadamard matrix: O(d log d), d random bits of state.
 
-    Where d is no Hadamard size, three overlapping blocks of the largest one that fits (first,
-    last, first again) mix every coordinate with every other.
+    Where d is no Hadamard size, the largest one that fits is applied to the first coordinates and
+    to the last, twice: overlapping blocks mix as well as a dense matrix does.
     """
 
     def __init__(self, dim: int, seed: int):
         self.dim = dim
         self.block = _hadamard_size(dim)
-        self.starts = (0,) if self.block == dim else (0, dim - self.block, 0)
+        self.starts = (0,) if self.block == dim else 2 * (0, dim - self.block)
         signs = np.random.default_rng([seed, dim]).integers(0, 2, (len(self.starts), self.block))
         self.signs = mx.array(2.0 * signs - 1, dtype=mx.float32)
 
