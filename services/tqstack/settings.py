@@ -25,6 +25,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 OUR_PREFIXES = ("TQ_", "TQSTACK_", "SIDECAR_", "ROUTER_", "PROMPT_TOKEN_")
 
 Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Switch = Literal["auto", "1", "0"]
 
 
@@ -52,6 +53,20 @@ class Settings(BaseSettings):
     )
     router_host: str = Field("127.0.0.1", min_length=1, description="address the router listens on")
     router_port: Port = Field(8000, description="port the router listens on")
+    router_body_limit_mb: Annotated[int, Field(ge=1)] = Field(
+        64, description="largest request body, also after decompression"
+    )
+    router_connect_seconds: Seconds = Field(3, description="limit for connecting to a backend")
+    router_first_token_seconds: Seconds = Field(
+        180, description="limit for a stream's first token, beside 1 s for every 20 prompt tokens"
+    )
+    router_stall_seconds: Seconds = Field(60, description="limit for a gap between tokens")
+    router_answer_seconds: Seconds = Field(
+        3600, description="limit for an answer that is not streamed"
+    )
+    router_ping_seconds: Seconds = Field(
+        10, description="a stream without a token yet gets a comment this often"
+    )
     sidecar_host: str = Field("127.0.0.1", min_length=1, description="the sidecar's address")
     sidecar_port: Port = Field(8001, description="the sidecar's port")
     tqstack_api_key: str = Field("", description="key that clients must send; empty: none")

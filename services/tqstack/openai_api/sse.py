@@ -17,44 +17,77 @@ def event(data: Any) -> bytes:
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
+def comment(text: str) -> bytes:
+    """A comment: clients ignore it, and it keeps an idle connection open."""
+    return b": " + " ".join(text.split()).encode() + b"\n\n"
+
+
 class EventParser:
     """Collects bytes and gives back the `data` payloads of whole events.
 
     An event that grows over `limit` bytes is dropped (its payload is not returned), so that a
-    watcher beside a stream holds a bounded amount whatever the stream sends.
+    watcher beside a stream holds a bounded amount whatever the stream sends. Every byte is looked
+    at once, however small the pieces are.
+
+    Attributes:
+        pending: bytes fed since the end of the last whole event; 0 between events.
+        comment: text of the last comment.
     """
 
     def __init__(self, limit: int = 1 << 20):
+        self.pending = 0
+        self.comment = ""
         self._limit = limit
-        self._rest = b""
-        self._data: list[bytes] = []
+        self._line: list[bytes] = []  # pieces of the line that has not ended
+        self._line_size = 0
+        self._data: list[bytes] = []  # data lines of the event that has not ended
         self._size = 0
-        self._skipping = False
+        self._after_return = False
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """Payloads of the events that `chunk` completes."""
-        text = self._rest + chunk
-        # A final \r may be half of \r\n: wait for what follows.
-        held = text[-1:] == b"\r"
-        lines = _LINE_END.split(text[:-1] if held else text)
-        self._rest = lines.pop() + (b"\r" if held else b"")
-        if len(self._rest) > self._limit:
-            self._rest, self._skipping = b"", True
-        payloads = []
-        for line in lines:
-            if self._skipping:
-                # The rest of a line that was too long; the event goes with it.
-                self._skipping, self._data, self._size = False, [], self._limit + 1
-            elif line:
-                self._take(line)
+        # A \r ends its line at once; the \n of a \r\n that was cut in two ends nothing.
+        if self._after_return and chunk[:1] == b"\n":
+            chunk = chunk[1:]
+            self.pending += self.pending > 0
+            self._after_return = False
+        if not chunk:
+            return []
+        self._after_return = chunk[-1:] == b"\r"
+        payloads: list[bytes] = []
+        start = 0
+        for line_end in _LINE_END.finditer(chunk):
+            self._hold(chunk[start : line_end.start()])
+            start = line_end.end()
+            if self._line_size:
+                self._end_line()
             else:
-                if self._data and self._size <= self._limit:
-                    payloads.append(b"\n".join(self._data))
-                self._data, self._size = [], 0
+                self._end_event(payloads)
+                self.pending = -start
+        self._hold(chunk[start:])
+        self.pending += len(chunk)
         return payloads
 
-    def _take(self, line: bytes) -> None:
-        name, _, value = line.partition(b":")
+    def _hold(self, piece: bytes) -> None:
+        if piece:
+            self._line.append(piece)
+            self._line_size += len(piece)
+            self._size += len(piece)
+            if self._size > self._limit:
+                self._line.clear()
+                self._data.clear()
+
+    def _end_line(self) -> None:
+        name, _, value = b"".join(self._line).partition(b":")
         if name == b"data" and self._size <= self._limit:
             self._data.append(value.removeprefix(b" "))
-            self._size += len(value)
+        elif not name and value:
+            self.comment = value.decode(errors="replace").strip()
+        self._line.clear()
+        self._line_size = 0
+
+    def _end_event(self, payloads: list[bytes]) -> None:
+        if self._data and self._size <= self._limit:
+            payloads.append(b"\n".join(self._data))
+        self._data.clear()
+        self._size = 0

@@ -1,0 +1,107 @@
+"""The router as an application: its routes, and what they share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from tqstack.openai_api.errors import ApiError, error_body
+from tqstack.openai_api.schema import ChatRequest, TextRequest
+from tqstack.router.backends import Backend
+from tqstack.router.catalog import find_model, list_models
+from tqstack.router.estimate import Estimator
+from tqstack.router.forward import Forward, Services
+from tqstack.router.journal import Journal
+from tqstack.router.policy import Name, threshold_for
+from tqstack.router.upstream import Upstream
+from tqstack.settings import Settings
+
+# The paths that go to a backend, and what their bodies must look like.
+FORWARDED = [
+    ("/v1/chat/completions", ChatRequest),
+    ("/v1/completions", TextRequest),
+    ("/v1/embeddings", None),
+]
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The router, ready to be served. Its backends need not be there."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        upstream = Upstream(settings.router_connect_seconds)
+        services = app.state.services = _services(settings, upstream)
+        for path, schema in FORWARDED:
+            app.router.routes.append(Route(path, Forward(path, schema, services), methods=["POST"]))
+        watches = [asyncio.create_task(b.watch()) for b in services.backends.values()]
+        yield
+        for watch in watches:
+            watch.cancel()
+        await upstream.close()
+
+    app = FastAPI(title="tqstack router", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_api_route("/v1/models", models, methods=["GET"])
+    app.add_api_route("/v1/models/{model:path}", model, methods=["GET"])
+    app.add_api_route("/health", health, methods=["GET"])
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    return app
+
+
+def _services(settings: Settings, upstream: Upstream) -> Services:
+    backends: dict[Name, Backend] = {
+        "sidecar": Backend(
+            "sidecar", settings.sidecar_url, upstream, enabled=settings.sidecar_enabled != "0"
+        ),
+        "ollama": Backend(
+            "ollama", settings.ollama_base_url, upstream, model=settings.ollama_model
+        ),
+    }
+    return Services(settings, upstream, backends, Estimator(), Journal())
+
+
+async def models(request: Request) -> Response:
+    services: Services = request.app.state.services
+    return JSONResponse({"object": "list", "data": list_models(services.backends)})
+
+
+async def model(request: Request, model: str) -> Response:
+    services: Services = request.app.state.services
+    return JSONResponse(find_model(services.backends, model))
+
+
+async def health(request: Request) -> Response:
+    """200 while somebody can answer; what each backend's last probe showed."""
+    services: Services = request.app.state.services
+    backends = {b.name: b.report() for b in services.backends.values()}
+    alive = any(report["state"] in ("up", "sick") for report in backends.values())
+    threshold = threshold_for(
+        services.settings.prompt_token_threshold, services.backends["sidecar"].architecture
+    )
+    return JSONResponse(
+        {
+            "status": "ok" if alive else "error",
+            "threshold": threshold,
+            "backends": backends,
+            "running": len(services.journal.running),
+        },
+        status_code=200 if alive else 503,
+    )
+
+
+async def _api_error(request: Request, error: Any) -> Response:
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+async def _http_error(request: Request, error: Any) -> Response:
+    known = {404: "there is no such path here", 405: "this path does not take that method"}
+    message = f"{request.method} {request.url.path}: {known.get(error.status_code, error.detail)}"
+    body = error_body(error.status_code, message)
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)

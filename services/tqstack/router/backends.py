@@ -1,0 +1,221 @@
+"""The two backends: what they are, how they are, and what they serve."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import orjson
+
+from tqstack.router.breaker import Breaker
+from tqstack.router.failure import Failure
+from tqstack.router.policy import Name, State, View
+from tqstack.router.upstream import Upstream, UpstreamError
+
+log = logging.getLogger(__name__)
+
+KEEP_SECONDS = 30.0  # how long a good probe is believed
+PROBE_SECONDS = 2.0
+# Pauses between probes of a backend that is not up: soon at first.
+RETRY_SECONDS = (0.25, 0.5, 1.0, 2.0)
+_LARGEST_PROBE = 8 << 20
+
+
+@dataclass(frozen=True)
+class Health:
+    """What the last probe showed.
+
+    Attributes:
+        models: entries of `/v1/models`; kept from an earlier probe when this one failed.
+        report: the sidecar's `/health` as it came, for the status page.
+        detail: why the state is what it is.
+    """
+
+    state: State = "down"
+    models: tuple[dict[str, Any], ...] = ()
+    report: dict[str, Any] = field(default_factory=dict)
+    detail: str = "not asked yet"
+    asked: bool = False
+
+
+class Backend:
+    """One backend: its address, health, breaker and load."""
+
+    def __init__(
+        self, name: Name, url: str, upstream: Upstream, *, model: str = "", enabled: bool = True
+    ):
+        self.name: Name = name
+        self.url = url
+        self.health = Health() if enabled else Health("off", detail="switched off", asked=True)
+        self.breaker = Breaker()
+        self.running = 0  # requests of ours
+        self._upstream = upstream
+        self._model = model
+        self._probe: asyncio.Task[None] | None = None
+        self._doubt = asyncio.Event()
+        self._last_byte = float("-inf")
+        self._views: dict[tuple[State, bool], View] = {}
+
+    @property
+    def enabled(self) -> bool:
+        return self.health.state != "off"
+
+    def view(self) -> View:
+        state = self.health.state
+        if state == "up" and not self.breaker.admits(time.monotonic()):
+            state = "sick"
+        key = (state, self._busy)
+        view = self._views.get(key)
+        if view is None:
+            view = self._views[key] = self._make_view(*key)
+        return view
+
+    def _make_view(self, state: State, busy: bool) -> View:
+        models = {entry["id"]: _context(entry) for entry in self.health.models}
+        own = self._model or next(iter(models), "")
+        facts = self.health.report.get("model")
+        if isinstance(facts, dict) and isinstance(facts.get("context_length"), int):
+            models[own] = facts["context_length"]
+        return View(self.name, state, models, own, busy)
+
+    @property
+    def architecture(self) -> str | None:
+        facts = self.health.report.get("model")
+        return facts.get("architecture") if isinstance(facts, dict) else None
+
+    @property
+    def _busy(self) -> bool:
+        load = self.health.report.get("requests")
+        elsewhere = load.get("running", 0) if isinstance(load, dict) else 0
+        return bool(self.running or elsewhere)
+
+    def report(self) -> dict[str, Any]:
+        """What `/health` and the status page tell of this backend."""
+        view = self.view()
+        return {
+            "state": view.state,
+            "detail": self.health.detail,
+            "url": self.url,
+            "model": view.own_model,
+            "models": len(view.models),
+            "context_length": view.context(view.own_model),
+            "running": self.running,
+            "health": self.health.report,
+        }
+
+    # What real requests showed.
+
+    def answered(self) -> None:
+        """A byte of an answer came: whatever a probe says, this backend lives."""
+        self._last_byte = time.monotonic()
+
+    def begin(self) -> None:
+        self.running += 1
+        self.breaker.begin()
+
+    def end(self) -> None:
+        self.running -= 1
+        self.breaker.abandoned()  # nothing, if there was a verdict
+
+    def succeeded(self) -> None:
+        self.answered()
+        self.breaker.succeeded()
+
+    def failed(self, failure: Failure) -> None:
+        """Counts a failure, if it was this backend's, and has it probed at once."""
+        if not failure.sick:
+            return
+        self.breaker.failed(time.monotonic())
+        if failure.kind == "refused":
+            self._set(replace(self.health, state="down", detail="refuses connections"))
+        self._doubt.set()
+
+    # Probes.
+
+    async def watch(self) -> None:
+        """Probes for ever: every 30 s while all is well, at once after a failure."""
+        misses = 0
+        while self.enabled:
+            await self.check()
+            up = self.health.state == "up"
+            misses = 0 if up else misses + 1
+            pause = KEEP_SECONDS if up else RETRY_SECONDS[min(misses, len(RETRY_SECONDS)) - 1]
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._doubt.wait()
+                    # A burst of failures is one doubt.
+                    await asyncio.sleep(RETRY_SECONDS[0])
+            self._doubt.clear()
+
+    async def check(self) -> None:
+        """Probes now, or joins the probe that is under way."""
+        if not self.enabled:
+            return
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self._check())
+        await asyncio.shield(self._probe)
+
+    async def _check(self) -> None:
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                health = await self._ask()
+        except TimeoutError:
+            if time.monotonic() - self._last_byte < KEEP_SECONDS:
+                return  # too busy for a probe, but its answers come
+            health = replace(self.health, state="down", detail="does not answer its probes")
+        except (UpstreamError, ValueError, TypeError) as error:
+            health = replace(self.health, state="down", detail=str(error))
+        self._set(replace(health, asked=True))
+
+    async def _ask(self) -> Health:
+        report: dict[str, Any] = {}
+        if self.name == "sidecar":
+            status, report = await self._get("/health")
+            if status != 200:
+                loading = report.get("status") == "loading"
+                detail = str(report.get("detail") or report.get("status") or f"status {status}")
+                return replace(
+                    self.health,
+                    state="loading" if loading else "down",
+                    report=report,
+                    detail=detail,
+                )
+        status, listing = await self._get("/v1/models")
+        if status != 200:
+            raise ValueError(f"/v1/models answers {status}")
+        entries = listing.get("data") or []
+        models = tuple(e for e in entries if isinstance(e, dict) and isinstance(e.get("id"), str))
+        return Health("up", models, report, "answers its probes")
+
+    async def _get(self, path: str) -> tuple[int, dict[str, Any]]:
+        answer = await self._upstream.send("GET", self.url + path)
+        try:
+            body = bytearray()
+            while chunk := await answer.read():
+                body += chunk
+                if len(body) > _LARGEST_PROBE:
+                    raise ValueError(f"{path} answers more than {_LARGEST_PROBE} bytes")
+        finally:
+            answer.close()
+        value = orjson.loads(body)
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} answers no JSON object")
+        return answer.status, value
+
+    def _set(self, health: Health) -> None:
+        if health.state != self.health.state:
+            log.info("%s is %s: %s", self.name, health.state, health.detail)
+            if health.state == "up" and self.health.state in ("down", "loading"):
+                self.breaker.succeeded()  # a fresh process owes nothing for its predecessor
+        self.health = health
+        self._views.clear()
+
+
+def _context(entry: dict[str, Any]) -> int | None:
+    """Tokens that a model can hold, by its entry in `/v1/models` (`max_model_len` is vLLM's)."""
+    length = entry.get("context_length") or entry.get("max_model_len")
+    return length if isinstance(length, int) else None

@@ -1,0 +1,81 @@
+"""How a backend failed a request, and what the client is told if nobody else can answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from tqstack.openai_api.errors import ApiError
+
+# The request itself is at fault: another backend would say the same.
+_CLIENTS_FAULT = frozenset({400, 405, 406, 409, 411, 413, 415, 422})
+
+
+class Failure(Exception):
+    """A backend failed a request.
+
+    Attributes:
+        kind: a word for the header, the metrics and the log: `refused`, `cut`, `timeout`,
+            `stalled`, `garbled`, `unfinished`, `error-event`, or `status-NNN`.
+        error: what to tell the client.
+        elsewhere: another backend may do better.
+        sick: it counts against the backend's health.
+    """
+
+    def __init__(self, kind: str, error: ApiError, *, elsewhere: bool = True, sick: bool = True):
+        super().__init__(error.message)
+        self.kind = kind
+        self.error = error
+        self.elsewhere = elsewhere
+        self.sick = sick
+
+
+def broken(kind: str, message: str, status: int = 502) -> Failure:
+    """A failure of the connection or of the answer's form."""
+    retry_after = 2 if kind == "refused" else None
+    error = ApiError(status, message, code=f"backend_{kind}", retry_after=retry_after)
+    return Failure(kind, error)
+
+
+def refusal(backend: str, status: int, retry_after: str | None, body: bytes) -> Failure:
+    """A failure from an answer with an error status."""
+    error = _envelope(backend, status, body)
+    if retry_after and retry_after.isdigit():
+        error.retry_after = int(retry_after)
+    too_long = error.code == "context_length_exceeded"
+    ours = status not in _CLIENTS_FAULT
+    # A backend that is loading, full or rate limited is not ill.
+    sick = status >= 500 and not (status == 503 and error.code)
+    return Failure(f"status-{status}", error, elsewhere=ours or too_long, sick=sick)
+
+
+def from_error_event(backend: str, value: Any) -> Failure:
+    error = _from_value(backend, 502, value)
+    return Failure("error-event", error)
+
+
+def _envelope(backend: str, status: int, body: bytes) -> ApiError:
+    """The error in OpenAI's envelope, whatever form the backend gave it."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        value = body[:500].decode(errors="replace").strip()
+    if isinstance(value, dict):
+        value = value.get("error") or value.get("detail") or value.get("message") or value
+    return _from_value(backend, status, value)
+
+
+def _from_value(backend: str, status: int, value: Any) -> ApiError:
+    # A backend's own credentials and paths are none of the client's: a 401 here is our setting.
+    client_status = 502 if status in (401, 403, 407) or status < 400 else status
+    if isinstance(value, dict) and isinstance(value.get("message"), str):
+        code, param = value.get("code"), value.get("param")
+        return ApiError(
+            client_status,
+            value["message"],
+            code=str(code) if code is not None else None,
+            param=param if isinstance(param, str) else None,
+        )
+    text = value if isinstance(value, str) else orjson.dumps(value).decode()
+    return ApiError(client_status, f"{backend} answered {status}: {text or 'no reason given'}")

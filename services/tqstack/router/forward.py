@@ -1,0 +1,195 @@
+"""The hot path: a client's request to a backend, and to the other one if that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tqstack.openai_api.errors import ApiError
+from tqstack.openai_api.schema import ChatRequest, TextRequest, parse_json, validate
+from tqstack.router.backends import Backend
+from tqstack.router.client import Client, ClientGone, read_body
+from tqstack.router.estimate import Estimator, Size, measure
+from tqstack.router.failure import Failure
+from tqstack.router.journal import Journal, Record
+from tqstack.router.needs import is_background, needs_of
+from tqstack.router.policy import Ask, Decision, Name, decide, split_model, threshold_for
+from tqstack.router.relay import Relay
+from tqstack.router.rewrite import with_model
+from tqstack.router.upstream import Upstream
+from tqstack.settings import Settings
+
+log = logging.getLogger(__name__)
+
+# How far an estimate may be off before a prompt counts as too long for a backend; nearer than that,
+# the backend's own count decides.
+_SLACK = 0.25
+_EXPENSIVE_SECONDS = 10.0  # a failure after so long is not worth the SDK's automatic retries
+
+
+@dataclass(frozen=True)
+class Services:
+    """What all exchanges share."""
+
+    settings: Settings
+    upstream: Upstream
+    backends: Mapping[Name, Backend]
+    estimator: Estimator
+    journal: Journal
+
+
+class Forward:
+    """An ASGI application that answers the requests for one path through a backend."""
+
+    def __init__(
+        self, path: str, schema: type[ChatRequest | TextRequest] | None, services: Services
+    ):
+        self._path = path
+        self._schema = schema
+        self._services = services
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        client = Client(receive, send)
+        record = self._services.journal.begin(self._path)
+        task = asyncio.current_task()
+        assert task
+        watcher: asyncio.Task[None] | None = None
+        try:
+            limit = self._services.settings.router_body_limit_mb << 20
+            body = await read_body(scope, receive, limit)
+            # Without a watcher a client that goes away is noticed at the next send only.
+            watcher = asyncio.create_task(client.watch(task))
+            request = parse_json(body)
+            if self._schema:
+                validate(self._schema, request)
+            await Exchange(self._services, client, record, body, request).run()
+        except ApiError as error:
+            record.outcome, record.status, record.error = "refused", error.status, error.message
+            await client.fail(error, record.headers())
+        except ClientGone:
+            record.outcome = "gone"
+        except asyncio.CancelledError:
+            if not client.gone:
+                raise
+            task.uncancel()
+            record.outcome = "gone"
+        finally:
+            if watcher:
+                watcher.cancel()
+            self._services.journal.end(record)
+
+
+class Exchange:
+    """One request, from its parsed body to the last byte of its answer."""
+
+    def __init__(
+        self,
+        services: Services,
+        client: Client,
+        record: Record,
+        body: bytes,
+        request: dict[str, Any],
+    ):
+        self._services = services
+        self._client = client
+        self._record = record
+        self._body = body
+        self._request = request
+        self._size: Size = measure(request)
+        self._relay: Relay | None = None
+        record.model, record.stream = request.get("model") or "", bool(request.get("stream"))
+
+    async def run(self) -> None:
+        """Answers the client.
+
+        Raises:
+            ApiError: no backend can take this request.
+        """
+        step: Decision | None = await self._decide()
+        if self._record.stream:
+            seconds = self._services.settings.router_ping_seconds
+            self._client.ping_every(seconds, self._record.headers, self._progress)
+        try:
+            while step:
+                step = await self._try(step)
+        finally:
+            await self._client.stop_pings()
+
+    async def _decide(self) -> Decision:
+        services, record = self._services, self._record
+        backends = services.backends.values()
+        if not all(backend.health.asked for backend in backends):
+            await asyncio.gather(*(backend.check() for backend in backends))
+        ask = self._ask()
+        record.estimate = ask.tokens["sidecar"]
+        threshold = threshold_for(
+            services.settings.prompt_token_threshold, services.backends["sidecar"].architecture
+        )
+        try:
+            decision = decide(ask, {b.name: b.view() for b in backends}, threshold)
+        except ApiError as error:
+            if error.status != 503:
+                raise
+            # Nobody is there, by the last probe; perhaps somebody is now.
+            await asyncio.gather(*(backend.check() for backend in backends))
+            decision = decide(ask, {b.name: b.view() for b in backends}, threshold)
+        record.decision, record.estimate = decision, decision.tokens
+        return decision
+
+    def _ask(self) -> Ask:
+        services, name = self._services, split_model(self._record.model)[1]
+        tokens: dict[Name, int] = {}
+        for backend in services.backends.values():
+            model = backend.view().name_for(name)
+            tokens[backend.name] = services.estimator.tokens(model, self._size)
+        needs = needs_of(self._request, self._size.images)
+        background = is_background(self._request)
+        return Ask(self._record.model, tokens, _SLACK, needs, background)
+
+    def _progress(self) -> str:
+        comment = self._relay.watch.comment if self._relay else ""
+        return comment or "waiting for the first token"
+
+    async def _try(self, step: Decision) -> Decision | None:
+        """Answers through one backend, or gives back the step to try next."""
+        services, record, client = self._services, self._record, self._client
+        backend = services.backends[step.backend]
+        record.decision, record.estimate = step, step.tokens
+        relay = Relay(step.backend, services.settings, services.upstream, client, record)
+        self._relay = relay
+        backend.begin()
+        try:
+            body = with_model(self._body, self._request, step.model)
+            await relay.run(backend.url + record.path, body)
+        except Failure as failure:
+            log.warning("request %d: %s failed it: %s", record.id, step.backend, failure)
+            backend.failed(failure)
+            if step.next and failure.elsewhere and not client.answered:
+                record.failures.append(f"{step.backend} {failure.kind}")
+                await client.note(f"{step.backend} failed; asking {step.next.backend}")
+                return step.next
+            await self._give_up(failure, step)
+        else:
+            record.outcome = "ok"
+            backend.succeeded()
+            if record.prompt_tokens:
+                services.estimator.learn(step.model, self._size, record.prompt_tokens)
+        finally:
+            backend.end()
+        return None
+
+    async def _give_up(self, failure: Failure, step: Decision) -> None:
+        client, record, error = self._client, self._record, failure.error
+        record.outcome, record.error, record.status = "failed", str(failure), error.status
+        await client.stop_pings()
+        if failure.elsewhere and step.no_next and not client.answered:
+            error.message += f" ({step.no_next})"
+        if time.perf_counter() - record.began > _EXPENSIVE_SECONDS:
+            error.retry = False
+        if client.answered and not record.stream:
+            return  # an error has no place inside a JSON body: the connection is cut instead
+        await client.fail(error, record.headers())

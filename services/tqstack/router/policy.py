@@ -1,0 +1,218 @@
+"""Which backend answers, why, and which one is next if it fails. Pure: no clock, no socket."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from tqstack.openai_api.errors import ApiError, bad_request
+
+Name = Literal["sidecar", "ollama"]
+State = Literal["up", "sick", "loading", "down", "off"]
+
+PREFIXES: dict[str, Name] = {
+    "tq:": "sidecar",
+    "turbo:": "sidecar",
+    "sidecar:": "sidecar",
+    "ollama:": "ollama",
+    "local:": "ollama",
+}
+# Names that mean "you choose".
+ALIASES = ("", "auto", "default", "tqstack")
+# Prompts of at least so many tokens go to the sidecar, by the architecture of its model: a hybrid's
+# cache is small in any case, so that compressing it pays later.
+THRESHOLDS = {"softmax": 6_000, "hybrid": 16_000}
+# Of two backends that can take a request, the one that is better off.
+_RANK: dict[State, int] = {"up": 0, "sick": 1, "loading": 2, "down": 3, "off": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What is known of a backend when a request arrives.
+
+    Attributes:
+        state: `sick` answers its probes but fails requests; `off` is switched off for good.
+        models: names it serves, with the tokens that each can hold, if known; empty if it never
+            told.
+        own_model: the one it is asked for when the client's name is not its own.
+        busy: it has requests running.
+        lacks: features that it is known not to have: `tools`, `images`, `logprobs`, ...
+    """
+
+    name: Name
+    state: State
+    models: Mapping[str, int | None] = field(default_factory=dict)
+    own_model: str = ""
+    busy: bool = False
+    lacks: frozenset[str] = frozenset()
+
+    def knows(self, model: str) -> str | None:
+        """The model's name as this backend spells it (Ollama leaves out `:latest`)."""
+        return next((m for m in (model, f"{model}:latest") if m in self.models), None)
+
+    def name_for(self, model: str) -> str:
+        """What this backend is asked for when the client wants `model`."""
+        return self.knows(model) or self.own_model or model
+
+    def context(self, model: str) -> int | None:
+        """Tokens that it can hold when the client wants `model`."""
+        return self.models.get(self.name_for(model))
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a request needs of a backend.
+
+    Attributes:
+        model: as the client wrote it, prefix included.
+        tokens: estimated prompt tokens, by backend (their tokenizers differ).
+        slack: how far the estimate may be off; 0.1 means 10 %.
+        needs: features it uses.
+        background: a prompt that a client sends by itself (titles, tags, follow-ups).
+    """
+
+    model: str
+    tokens: Mapping[Name, int]
+    slack: float = 0.0
+    needs: frozenset[str] = frozenset()
+    background: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where a request goes.
+
+    Attributes:
+        model: the name to ask this backend for.
+        reason: a word or two, for the header, the metrics and the log.
+        fallback_from: the backend that should have answered, if this one stands in for it.
+        next: what to do if this backend fails before the client had a byte.
+        no_next: why there is no next.
+    """
+
+    backend: Name
+    model: str
+    tokens: int
+    reason: str
+    fallback_from: Name | None = None
+    next: Decision | None = None
+    no_next: str = ""
+
+
+def split_model(model: str) -> tuple[Name | None, str]:
+    """The backend that a prefix forces, and the name without the prefix."""
+    for prefix, backend in PREFIXES.items():
+        if model[: len(prefix)].lower() == prefix:
+            return backend, model[len(prefix) :].strip()
+    return None, model
+
+
+def threshold_for(setting: int | Literal["auto"], architecture: str | None) -> int:
+    if setting != "auto":
+        return setting
+    return THRESHOLDS.get(architecture or "hybrid", THRESHOLDS["hybrid"])
+
+
+def decide(ask: Ask, views: Mapping[Name, View], threshold: int) -> Decision:
+    """The decision for a request.
+
+    Raises:
+        ApiError: 400 for a model that nobody has, or a prompt that nobody can hold; 503 if nobody
+            who could answer is there.
+    """
+    forced, model = split_model(ask.model)
+    enabled = [view for view in views.values() if view.state != "off"]
+    _check_known(ask.model, model, enabled)
+    first, reason = _preference(ask, forced, views, threshold)
+    order = sorted(enabled, key=lambda view: view.name != first)
+    able = [view for view in order if _holds(view, model, ask)]
+    if not able:
+        raise _too_long(ask, model, order)
+    capable = [view for view in able if not (ask.needs & view.lacks)] or able
+    if capable[0].name != first and views[first].state != "off":
+        reason = "context" if views[first] not in able else "features"
+    ready = [view for view in capable if view.state in ("up", "sick")]
+    if not ready:
+        raise _nobody(capable)
+    ready.sort(key=lambda view: _RANK[view.state])
+    steps = [_step(view, model, ask, reason) for view in ready]
+    # A backend that was set aside for its state, or against a prefix, is named as missing.
+    wanted = forced if forced and views[forced].state != "off" else capable[0].name
+    if steps[0].backend != wanted:
+        state = views[wanted].state
+        why = f"{wanted}-{state}" if state in ("sick", "loading", "down") else reason
+        steps[0] = replace(steps[0], reason=why, fallback_from=wanted)
+    if len(steps) > 1:
+        return replace(steps[0], next=replace(steps[1], fallback_from=steps[0].backend))
+    other = views["ollama" if steps[0].backend == "sidecar" else "sidecar"]
+    if other.state == "off":
+        why = "there is no other backend"
+    elif other not in able:
+        held = other.context(model)
+        why = f"{other.name} cannot hold a prompt of this length ({held} tokens)"
+    elif other not in capable:
+        why = f"{other.name} cannot do what this request asks for"
+    else:
+        why = f"{other.name} is {other.state}"
+    return replace(steps[0], no_next=why)
+
+
+def _check_known(written: str, model: str, enabled: list[View]) -> None:
+    if model.lower() in ALIASES or any(view.knows(model) or not view.models for view in enabled):
+        return
+    names = ", ".join([name for view in enabled for name in view.models][:20])
+    raise bad_request(
+        f"there is no model {written!r}; send `auto` to let the router choose, or one of: {names}",
+        "model",
+        "model_not_found",
+    )
+
+
+def _preference(
+    ask: Ask, forced: Name | None, views: Mapping[Name, View], threshold: int
+) -> tuple[Name, str]:
+    if forced:
+        return forced, "prefix"
+    sidecar = views["sidecar"]
+    if sidecar.state == "off":
+        return "ollama", "only-backend"
+    if ask.tokens["sidecar"] < threshold:
+        return "ollama", "short-prompt"
+    if ask.background and sidecar.busy:
+        return "ollama", "background"
+    return "sidecar", "long-prompt"
+
+
+def _holds(view: View, model: str, ask: Ask) -> bool:
+    context = view.context(model)
+    return context is None or ask.tokens[view.name] * (1 - ask.slack) < context
+
+
+def _step(view: View, model: str, ask: Ask, reason: str) -> Decision:
+    return Decision(view.name, view.name_for(model), ask.tokens[view.name], reason)
+
+
+def _too_long(ask: Ask, model: str, order: list[View]) -> ApiError:
+    largest = max(order, key=lambda view: view.context(model) or 0)
+    return bad_request(
+        f"the prompt has about {ask.tokens[largest.name]} tokens, and the longest context here is "
+        f"{largest.context(model)} ({largest.name}); send a shorter prompt",
+        "messages",
+        "context_length_exceeded",
+    )
+
+
+def _nobody(capable: list[View]) -> ApiError:
+    if any(view.state == "loading" for view in capable):
+        return ApiError(
+            503, "the model is still loading; ask again shortly", code="loading", retry_after=5
+        )
+    names = " and ".join(view.name for view in capable)
+    return ApiError(
+        503,
+        f"no backend can answer: {names} cannot be reached; start one (`tqstack up`, `ollama "
+        "serve`), or see what `tqstack doctor` says",
+        code="backend_unavailable",
+        retry_after=2,
+    )

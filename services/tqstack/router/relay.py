@@ -1,0 +1,197 @@
+"""One attempt: a request to one backend, and its answer to the client.
+
+Until the client has had a byte, every failure is an exception that leaves the client untouched, so
+that another backend may be tried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+import orjson
+
+from tqstack.router import failure as failures
+from tqstack.router.client import Client, encode
+from tqstack.router.failure import Failure
+from tqstack.router.journal import Record
+from tqstack.router.upstream import Answer, Upstream, UpstreamError
+from tqstack.router.watch import StreamWatch
+from tqstack.settings import Settings
+
+# An unstreamed answer up to this size is held until it is whole, so that it can still fall back.
+_LARGEST_HELD = 4 << 20
+_LARGEST_ERROR = 64 << 10
+_PREFILL_TOKENS_PER_SECOND = 20  # a slow machine's, for the limit on the first token
+_HEADERS = {"content-type": "application/json", "accept-encoding": "identity"}
+_KEPT_HEADERS = ("retry-after", "openai-processing-ms")
+
+Result = TypeVar("Result")
+
+
+class Relay:
+    """Passes one backend's answer on.
+
+    Attributes:
+        watch: what the stream has shown so far.
+    """
+
+    def __init__(
+        self, name: str, settings: Settings, upstream: Upstream, client: Client, record: Record
+    ):
+        self.watch = StreamWatch()
+        self._name = name
+        self._settings = settings
+        self._upstream = upstream
+        self._client = client
+        self._record = record
+
+    async def run(self, url: str, body: bytes) -> None:
+        """Answers the client.
+
+        Raises:
+            Failure: the backend failed; `client.answered` tells whether it is too late for another.
+        """
+        record, answer = self._record, None
+        limit = self._settings.router_answer_seconds
+        if record.stream:
+            prefill = (record.estimate or 0) / _PREFILL_TOKENS_PER_SECOND
+            limit = self._settings.router_first_token_seconds + prefill
+        try:
+            async with asyncio.timeout(limit) as deadline:
+                answer = await self._upstream.send("POST", url, body, _HEADERS)
+                if answer.status != 200:
+                    raise await self._refusal(answer)
+                if record.stream:
+                    first = await self._first_event(answer, deadline, limit)
+                else:
+                    first = await self._whole(answer)
+            if record.stream:
+                await self._stream(answer, first)
+            else:
+                await self._body(answer, first)
+        except UpstreamError as error:
+            raise failures.broken(error.kind, f"{self._name}: {error}", _status(error)) from None
+        except TimeoutError:
+            message = f"{self._name} gave no answer within {limit:.0f} s"
+            raise failures.broken("timeout", message, 504) from None
+        finally:
+            if answer:
+                answer.close()
+
+    async def _refusal(self, answer: Answer) -> Failure:
+        body = bytearray()
+        while len(body) < _LARGEST_ERROR and (chunk := await answer.read()):
+            body += chunk
+        retry_after = answer.headers.get("retry-after")
+        return failures.refusal(self._name, answer.status, retry_after, bytes(body))
+
+    # Streams.
+
+    async def _first_event(self, answer: Answer, deadline: asyncio.Timeout, limit: float) -> bytes:
+        """Bytes up to the first event with data. Comments only show that the backend is at work."""
+        kind = answer.headers.get("content-type", "")
+        if not kind.startswith("text/event-stream"):
+            message = f"{self._name} answered with {kind or 'no content type'}, not with a stream"
+            raise failures.broken("garbled", message)
+        ready = bytearray()
+        while not self.watch.started:
+            chunk = await answer.read()
+            if not chunk:
+                message = f"{self._name} ended its stream before the first token"
+                raise failures.broken("unfinished", message)
+            ready += self.watch.feed(chunk)
+            deadline.reschedule(asyncio.get_running_loop().time() + limit)
+        self._check_error()
+        return bytes(ready)
+
+    async def _stream(self, answer: Answer, ready: bytes) -> None:
+        client, watch, gap = self._client, self.watch, self._settings.router_stall_seconds
+        await client.stop_pings()
+        await client.start_stream((*_kept(answer), *self._record.headers()))
+        self._record.status = 200
+        self._record.mark_first_token()
+        while not watch.done:
+            if ready:
+                await client.send(ready)
+            chunk = await self._within(gap, answer.read())
+            if not chunk:
+                break
+            ready = watch.feed(chunk)
+            self._check_error()
+        if not watch.whole:
+            if ready:
+                await client.send(ready)
+            message = f"{self._name} ended its stream without a finish reason"
+            raise failures.broken("unfinished", message)
+        self._take_usage(watch.usage, watch.events)
+        # Read to the end, so that the connection can be used again.
+        await self._within(gap, self._drain(answer))
+        await client.finish(ready)
+
+    async def _drain(self, answer: Answer) -> None:
+        while await answer.read():
+            pass
+
+    def _check_error(self) -> None:
+        if self.watch.error is not None:
+            raise failures.from_error_event(self._name, self.watch.error)
+
+    # Answers in one piece.
+
+    async def _whole(self, answer: Answer) -> bytes:
+        """The body, or its beginning if it is too large to be held."""
+        body = bytearray()
+        while chunk := await answer.read():
+            body += chunk
+            if len(body) > _LARGEST_HELD:
+                return bytes(body)
+        try:
+            value = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            value = None
+        if not isinstance(value, dict):
+            message = f"{self._name} answered with something that is not JSON"
+            raise failures.broken("garbled", message)
+        if value.get("error"):
+            raise failures.from_error_event(self._name, value["error"])
+        self._take_usage(value.get("usage"), None)
+        return bytes(body)
+
+    async def _body(self, answer: Answer, first: bytes) -> None:
+        client, headers = self._client, (*_kept(answer), *self._record.headers())
+        self._record.status = 200
+        self._record.mark_first_token()
+        if len(first) <= _LARGEST_HELD:
+            return await client.json(200, first, headers)
+        await client.start(200, ((b"content-type", b"application/json"), *headers))
+        await client.send(first)
+        while chunk := await self._within(self._settings.router_stall_seconds, answer.read()):
+            await client.send(chunk)
+        await client.finish()
+
+    # Both.
+
+    async def _within(self, seconds: float, reading: Awaitable[Result]) -> Result:
+        try:
+            async with asyncio.timeout(seconds):
+                return await reading
+        except TimeoutError:
+            message = f"{self._name} sent nothing for {seconds:.0f} s"
+            raise failures.broken("stalled", message, 504) from None
+
+    def _take_usage(self, usage: object, events: int | None) -> None:
+        usage = usage if isinstance(usage, dict) else {}
+        prompt, output = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        self._record.prompt_tokens = prompt if isinstance(prompt, int) else None
+        self._record.output_tokens = output if isinstance(output, int) else events
+
+
+def _status(error: UpstreamError) -> int:
+    return 503 if error.kind == "refused" else 502
+
+
+def _kept(answer: Answer) -> list[tuple[bytes, bytes]]:
+    found = {name: answer.headers[name] for name in _KEPT_HEADERS if name in answer.headers}
+    return encode(found)
