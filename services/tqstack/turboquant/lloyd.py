@@ -49,7 +49,7 @@ class LloydCodec:
         self.spec += _suffix(rotation != "hadamard", f"-{rotation}")
         self.spec += _suffix(not corrected, "-raw") + _suffix(seed != 0, f"-s{seed}")
         self._rotation = make_rotation(rotation, dim, seed)
-        self._codes = tuple(
+        self.codes = tuple(
             ScalarCode(width, part, self.group) for width, part in split_width(dim, bits) if part
         )
 
@@ -59,7 +59,7 @@ class LloydCodec:
 
     def plane_shapes(self) -> tuple[tuple[int, mx.Dtype], ...]:
         scales = (self.dim // self.group, scaling.SCALE_DTYPE)
-        return *(code.plane for code in self._codes), scales
+        return *(code.plane for code in self.codes), scales
 
     def rotate(self, x: mx.array) -> mx.array:
         return self._rotation.forward(x.astype(mx.float32))
@@ -72,7 +72,7 @@ class LloydCodec:
         grouped = (*x.shape[:-1], self.dim // self.group, self.group)
         y, norm = scaling.standardised(self.rotate(y).reshape(grouped))
         parts = mx.split(y.reshape(x.shape), self._split_points(), axis=-1)
-        coded = [code.encode(part) for code, part in zip(self._codes, parts, strict=True)]
+        coded = [code.encode(part) for code, part in zip(self.codes, parts, strict=True)]
         length = self.group**0.5
         if self.corrected:
             levels = mx.concatenate([levels for _, levels in coded], axis=-1)
@@ -82,13 +82,13 @@ class LloydCodec:
 
     def decode(self, planes: tuple[mx.array, ...], dtype: mx.Dtype = mx.float32) -> mx.array:
         *codes, scales = planes
-        levels = [code.decode(part) for code, part in zip(self._codes, codes, strict=True)]
+        levels = [code.decode(part) for code, part in zip(self.codes, codes, strict=True)]
         whole = levels[0] if len(levels) == 1 else mx.concatenate(levels, axis=-1)
         values = whole.reshape(*scales.shape, self.group) * scales.astype(mx.float32)[..., None]
         return values.reshape(*scales.shape[:-1], self.dim).astype(dtype)
 
     def _split_points(self) -> list[int]:
-        return [self._codes[0].dim] if len(self._codes) > 1 else []
+        return [self.codes[0].dim] if len(self.codes) > 1 else []
 
 
 class ScalarCode:
