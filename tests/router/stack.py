@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import httpx
 import openai
 import uvicorn
+import uvloop
 
 from router.scripted import Scripted, says
 from tqstack.router.app import create_app
@@ -29,7 +30,7 @@ class Stack:
     """`with Stack() as stack:`; the backends are `stack.sidecar` and `stack.ollama`."""
 
     def __init__(self, sidecar: bool = True, ollama: bool = True, **settings: Any):
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._settings = settings
         self._start = (sidecar, ollama)

@@ -10,7 +10,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.routing import Route
 
 from tqstack.openai_api.errors import ApiError, error_body
 from tqstack.openai_api.schema import ChatRequest, TextRequest
@@ -31,22 +30,38 @@ FORWARDED = [
 ]
 
 
-def create_app(settings: Settings) -> FastAPI:
+class RouterApp(FastAPI):
+    """FastAPI, but for the requests that go to a backend: those take a bare ASGI path.
+
+    The layers of the framework would cost such a request more than everything that is done for it.
+    """
+
+    forwards: dict[str, Forward]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            forward = self.forwards.get(scope["path"])
+            if forward:
+                return await forward(scope, receive, send)
+        await super().__call__(scope, receive, send)
+
+
+def create_app(settings: Settings) -> RouterApp:
     """The router, ready to be served. Its backends need not be there."""
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: RouterApp) -> AsyncIterator[None]:
         upstream = Upstream(settings.router_connect_seconds)
         services = app.state.services = _services(settings, upstream)
-        for path, schema in FORWARDED:
-            app.router.routes.append(Route(path, Forward(path, schema, services), methods=["POST"]))
+        app.forwards = {path: Forward(path, schema, services) for path, schema in FORWARDED}
         watches = [asyncio.create_task(b.watch()) for b in services.backends.values()]
         yield
         for watch in watches:
             watch.cancel()
-        await upstream.close()
+        upstream.close()
 
-    app = FastAPI(title="tqstack router", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = RouterApp(title="tqstack router", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.forwards = {}
     app.add_api_route("/v1/models", models, methods=["GET"])
     app.add_api_route("/v1/models/{model:path}", model, methods=["GET"])
     app.add_api_route("/health", health, methods=["GET"])
@@ -101,7 +116,9 @@ async def _api_error(request: Request, error: Any) -> Response:
 
 
 async def _http_error(request: Request, error: Any) -> Response:
+    status, path = error.status_code, request.url.path
+    if status == 404 and path in request.app.forwards:
+        status = 405
     known = {404: "there is no such path here", 405: "this path does not take that method"}
-    message = f"{request.method} {request.url.path}: {known.get(error.status_code, error.detail)}"
-    body = error_body(error.status_code, message)
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    message = f"{request.method} {path}: {known.get(status, error.detail)}"
+    return JSONResponse(error_body(status, message), status_code=status, headers=error.headers)

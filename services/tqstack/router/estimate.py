@@ -120,12 +120,13 @@ class Weights:
         too long) and prompts with images teach nothing.
         """
         guess = self.tokens(size)
-        if size.images or not 0.3 < true_tokens / guess < 3.3 or true_tokens < 8:
+        wrong = abs(guess / true_tokens - 1)
+        if size.images or wrong > 2.3 or guess * 3.3 < true_tokens or true_tokens < 8:
+            return
+        if wrong < _NOISE / 4:  # nothing to learn, and this runs for every answer
             return
         row = [count / true_tokens for count in size[: len(self._mean)]]
         error = 1 - _dot(self._mean, row)
-        if abs(error) < _NOISE / 4:  # nothing to learn, and this runs for every answer
-            return
         spread = [_dot(line, row) for line in self._covariance]
         scale = _NOISE * _NOISE + _dot(spread, row)
         self._mean = [m + s * error / scale for m, s in zip(self._mean, spread, strict=True)]
@@ -145,7 +146,9 @@ class Estimator:
         return self._weights.get(model, _UNTAUGHT).tokens(size)
 
     def learn(self, model: str, size: Size, true_tokens: int) -> None:
-        self._weights.setdefault(model, Weights()).learn(size, true_tokens)
+        if model not in self._weights:
+            self._weights[model] = Weights()
+        self._weights[model].learn(size, true_tokens)
 
 
 _UNTAUGHT = Weights()

@@ -77,6 +77,10 @@ class Forward:
                 raise
             task.uncancel()
             record.outcome = "gone"
+        except Exception:
+            log.exception("request %d", record.id)
+            record.outcome, record.status, record.error = "failed", 500, "a fault of the router"
+            await client.fail(ApiError(500, "the router has a fault; its log says more"))
         finally:
             if watcher:
                 watcher.cancel()
