@@ -109,6 +109,7 @@ class Scripted:
     probes: int = 0
     connections: int = 0
     open: int = 0
+    busy: int = 0  # requests being answered
     port: int = 0
     _server: asyncio.Server | None = None
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
@@ -153,6 +154,14 @@ class Scripted:
                 await wire.answer(200, json.dumps({"data": data}).encode())
             return
         self.seen.append(seen)
+        self.busy += 1
+        try:
+            await self._run(wire, reader)
+        finally:
+            self.busy -= 1
+
+    async def _run(self, wire: Wire, reader: asyncio.StreamReader) -> None:
+        seen = wire.seen
         script = asyncio.ensure_future(self.script(wire))
         # The router sends one request at a time: bytes or an end while we answer is its leaving.
         leaving = asyncio.ensure_future(reader.read(1))

@@ -85,8 +85,12 @@ class Stack:
         self._thread.join(10)
         self._loop.close()
 
-    async def _down(self) -> None:
+    def stop_serving(self) -> None:
+        """What SIGTERM does."""
         self._server.should_exit = True
+
+    async def _down(self) -> None:
+        self.stop_serving()
         await self.sidecar.stop()
         await self.ollama.stop()
         await self._serving

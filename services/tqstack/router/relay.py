@@ -7,6 +7,7 @@ that another backend may be tried.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ from tqstack.settings import Settings
 _LARGEST_HELD = 4 << 20
 _LARGEST_ERROR = 64 << 10
 _PREFILL_TOKENS_PER_SECOND = 20  # a slow machine's, for the limit on the first token
+_DRAIN_SECONDS = 1.0
 _HEADERS = {"content-type": "application/json", "accept-encoding": "identity"}
 _KEPT_HEADERS = ("retry-after", "openai-processing-ms")
 
@@ -112,27 +114,23 @@ class Relay:
         await client.start_stream((*_kept(answer), *self._record.headers()))
         self._record.status = 200
         self._record.mark_first_token()
-        while not watch.done:
+        while not watch.done and watch.error is None:
             if ready:
                 await client.send(ready)
+            ready = b""
             chunk = await self._within(gap, answer.read())
             if not chunk:
                 break
             ready = watch.feed(chunk)
-            self._check_error()
         if not watch.whole:
             if ready:
                 await client.send(ready)
+            self._check_error()
             message = f"{self._name} ended its stream without a finish reason"
             raise failures.broken("unfinished", message)
         self._take_usage(watch.usage, watch.events)
-        # Read to the end, so that the connection can be used again.
-        await self._within(gap, self._drain(answer))
         await client.finish(ready)
-
-    async def _drain(self, answer: Answer) -> None:
-        while await answer.read():
-            pass
+        await _drain(answer)
 
     def _check_error(self) -> None:
         if self.watch.error is not None:
@@ -195,3 +193,11 @@ def _status(error: UpstreamError) -> int:
 def _kept(answer: Answer) -> list[tuple[bytes, bytes]]:
     found = {name: answer.headers[name] for name in _KEPT_HEADERS if name in answer.headers}
     return encode(found)
+
+
+async def _drain(answer: Answer) -> None:
+    """Reads to the end, so that the connection can be used again. Nothing follows `[DONE]`."""
+    with contextlib.suppress(UpstreamError, TimeoutError):
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            while await answer.read():
+                pass

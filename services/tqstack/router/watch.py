@@ -41,16 +41,22 @@ class StreamWatch:
     @property
     def whole(self) -> bool:
         """Nothing is missing: without a finish reason, a client takes a piece for the whole."""
+        if self.error is not None:
+            return False
         return self.finished or (self.done and self._unseen)
 
     def feed(self, chunk: bytes) -> bytes:
         """Takes bytes of the stream; gives back what may go to the client."""
+        if self.error is not None:
+            return b""
         for payload in self._parser.feed(chunk):
             self._look(payload)
         ready = self._whole_events(chunk)
+        # An error event of our own takes the place of these: no client reads on after `[DONE]`.
+        if self.error is not None:
+            return _before(ready, b'"error"')
         if self.done and not self.whole:
-            # An error event has to follow, and no client reads on after `[DONE]`.
-            ready = ready[: ready.rfind(b"data:")]
+            return _before(ready, b"[DONE]")
         return ready
 
     def _whole_events(self, chunk: bytes) -> bytes:
@@ -88,3 +94,8 @@ class StreamWatch:
         for choice in value.get("choices") or ():
             if isinstance(choice, dict) and choice.get("finish_reason"):
                 self.finished = True
+
+
+def _before(events: bytes, mark: bytes) -> bytes:
+    """The events that come before the last one with this mark."""
+    return events[: max(0, events.rfind(b"data:", 0, events.rfind(mark) + 1))]

@@ -1,0 +1,432 @@
+"""The fault table: each way for a backend to fail, streamed and not, on either backend.
+
+For every row: who answered, what the client got, how long it took, and that nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import httpx
+import pytest
+
+from router.scripted import SSE, Script, Wire, delta, says, whole
+from router.stack import LONG, Stack
+
+LIMIT = 0.4  # of every kind, in seconds
+
+
+def raw(*pieces: bytes, then: str = "close", pause: float = 0.02) -> Script:
+    """Sends these bytes, then closes, resets or hangs."""
+
+    async def script(wire: Wire) -> None:
+        for piece in pieces:
+            await wire.raw(piece)
+            await asyncio.sleep(pause)
+        if then == "hang":
+            await asyncio.sleep(30)
+        elif then == "cut":
+            wire.cut()
+        else:
+            wire.writer.close()
+
+    return script
+
+
+def answers(status: int, body: bytes, kind: str = "application/json", **headers: str) -> Script:
+    async def script(wire: Wire) -> None:
+        await wire.answer(status, body, kind, **headers)
+
+    return script
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def head(stream: bool) -> bytes:
+    return SSE if stream else SSE.replace(b"text/event-stream", b"application/json")
+
+
+def first(stream: bool) -> bytes:
+    """A beginning of an answer, with a first token if it is a stream."""
+    return head(stream) + chunk(delta("one ") if stream else whole("one ")[:20])
+
+
+FACE = "\U0001f600".encode()
+
+
+@dataclass
+class Row:
+    """A fault, and what the client gets of it streamed (`stream`) and in one piece (`plain`).
+
+    `other`: the other backend's answer. `error`: the text so far, then an error event.
+    `own`: this backend's answer. A number: an error of that status.
+    """
+
+    name: str
+    script: Callable[[bool], Script]
+    stream: str | int = "other"
+    plain: str | int = "other"
+    kind: str = ""  # how the reason names it
+
+
+ROWS = [
+    Row("accepts and closes", lambda s: raw(), kind="cut"),
+    Row("accepts and resets", lambda s: raw(then="cut"), kind="cut"),
+    Row("accepts and hangs", lambda s: raw(then="hang"), kind="timeout"),
+    Row("headers, then hangs", lambda s: raw(head(s), then="hang"), kind="timeout"),
+    Row("headers, then resets", lambda s: raw(head(s), then="cut"), kind="cut"),
+    Row("no HTTP", lambda s: raw(b"220 smtp.example ESMTP\r\n")),
+    Row("first token, then hangs", lambda s: raw(first(s), then="hang"), "error", kind="timeout"),
+    Row("first token, then resets", lambda s: raw(first(s), then="cut"), "error"),
+    Row("cut in a chunk", lambda s: raw(first(s), b"ff\r\ndata: {", then="cut"), "error"),
+    Row(
+        "cut in a UTF-8 character",
+        lambda s: raw(first(s), chunk(b'data: {"choices": [{"delta": {"content": "' + FACE[:2])),
+        "error",
+    ),
+    Row(
+        "ends without a finish reason",
+        lambda s: raw(first(s), b"0\r\n\r\n"),
+        "error",
+    ),
+    Row(
+        "done without a finish reason",
+        lambda s: raw(first(s), chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"),
+        "error",
+    ),
+    Row(
+        "an error event first",
+        lambda s: raw(head(s), chunk(b'data: {"error": {"message": "oh"}}\n\n'), b"0\r\n\r\n"),
+    ),
+    Row(
+        "an error event in the middle",
+        lambda s: raw(first(s), chunk(b'data: {"error": {"message": "oh"}}\n\n'), b"0\r\n\r\n"),
+        "error",
+    ),
+    Row("500 with JSON", lambda s: answers(500, b'{"error": "boom"}'), kind="status-500"),
+    Row("500 with text", lambda s: answers(500, b"boom", "text/plain"), kind="status-500"),
+    Row("502 with HTML", lambda s: answers(502, b"<h1>no</h1>", "text/html"), kind="status-502"),
+    Row("503", lambda s: answers(503, b"", retry_after="7"), kind="status-503"),
+    Row("429", lambda s: answers(429, b'{"error": {"message": "slow"}}'), kind="status-429"),
+    Row("404", lambda s: answers(404, b'{"error": {"message": "gone"}}'), kind="status-404"),
+    Row("a redirect", lambda s: answers(302, b"", location="http://x/"), kind="status-302"),
+    Row("400", lambda s: answers(400, b'{"error": {"message": "bad"}}'), 400, 400),
+    Row("HTML with 200", lambda s: answers(200, b"<p>hi", "text/html")),
+    Row("JSON that is none", lambda s: answers(200, b'{"choices": [')),
+    Row("an error with 200", lambda s: answers(200, b'{"error": "oh"}')),
+    Row(
+        "a slow trickle",
+        lambda s: (
+            raw(
+                SSE,
+                *(chunk(delta(word)) for word in ("own ", "answer")),
+                chunk(delta("", "stop") + b"data: [DONE]\n\n") + b"0\r\n\r\n",
+                pause=LIMIT / 4,
+            )
+            if s
+            else raw(
+                b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(whole("own answer")),
+                whole("own answer")[:30],
+                whole("own answer")[30:],
+                pause=LIMIT / 4,
+            )
+        ),
+        "own",
+        "own",
+    ),
+    Row(
+        "gzip, though nobody asked",
+        lambda s: answers(
+            200,
+            gzip.compress(
+                delta("own answer", "stop") + b"data: [DONE]\n\n" if s else whole("own answer")
+            ),
+            "text/event-stream" if s else "application/json",
+            content_encoding="gzip",
+        ),
+        "own",
+        "own",
+    ),
+    Row(
+        "one line of 10 MB",
+        lambda s: (
+            raw(
+                SSE,
+                chunk(delta("own answer")),
+                chunk(delta("", x="y" * 10_000_000)),
+                chunk(delta("", "stop") + b"data: [DONE]\n\n") + b"0\r\n\r\n",
+            )
+            if s
+            else answers(200, whole("own answer")[:-1] + b', "x": "%s"}' % (b"y" * 10_000_000))
+        ),
+        "own",
+        "own",
+    ),
+]
+
+
+def stream_answer(response: httpx.Response) -> tuple[str, dict | None]:
+    """The text of a stream, and its error. Every event must be whole."""
+    text, error = "", None
+    for event in response.text.split("\n\n"):
+        if not event or event.startswith(":") or event == "data: [DONE]":
+            continue
+        value = json.loads(event.removeprefix("data: "))
+        assert error is None, "something follows an error"
+        if "error" in value:
+            error = value["error"]
+        else:
+            text += value["choices"][0]["delta"]["content"]
+    return text, error
+
+
+@pytest.fixture(scope="module")
+def stack():
+    limits = {
+        "router_first_token_seconds": LIMIT,
+        "router_stall_seconds": LIMIT,
+        "router_answer_seconds": LIMIT,
+    }
+    # So that a long prompt is known by its prefix and adds no time to the limits.
+    with Stack(**limits) as stack:
+        yield stack
+
+
+def settle(stack: Stack) -> None:
+    """The router has recovered, and nothing of the last request is left."""
+    services = stack.app.state.services
+    deadline = time.monotonic() + 3
+    while services.journal.running or stack.sidecar.busy or stack.ollama.busy:
+        assert time.monotonic() < deadline, "something was left behind"
+        time.sleep(0.005)
+    for backend in services.backends.values():
+        assert backend.running == 0
+        backend.breaker.succeeded()
+    stack.probe()
+
+
+@pytest.mark.parametrize("backend", ["sidecar", "ollama"])
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "plain"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_fault_has_its_known_outcome(stack, row, stream, backend):
+    faulty = getattr(stack, backend)
+    sound = stack.ollama if backend == "sidecar" else stack.sidecar
+    settle(stack)
+    faulty.script, sound.script = row.script(stream), says("other ", "answer")
+    sound.seen.clear()
+    began = time.monotonic()
+    response = stack.chat(model=f"{backend}:", stream=stream)
+    seconds = time.monotonic() - began
+    expected = row.stream if stream else row.plain
+
+    answered_by = response.headers["x-tqstack-backend"]
+    text, error = ("", None)
+    if response.status_code != 200:
+        error = response.json()["error"]
+    elif stream:
+        text, error = stream_answer(response)
+    else:
+        text = response.json()["choices"][0]["message"]["content"]
+
+    if expected == "other":
+        assert (text, error) == ("other answer", None)
+        assert (answered_by, response.headers["x-tqstack-fallback-from"]) == (sound.name, backend)
+        assert row.kind in response.headers["x-tqstack-reason"]
+    elif expected == "own":
+        assert (text, error, answered_by) == ("own answer", None, backend)
+    elif expected == "error":
+        assert text == "one "
+        assert error and set(error) == {"message", "type", "param", "code"}
+        assert answered_by == backend
+        assert "[DONE]" not in response.text
+        assert sound.seen == []
+    else:
+        assert response.status_code == expected
+        assert error and answered_by == backend
+        assert sound.seen == []
+    assert seconds < 4 * LIMIT
+    settle(stack)
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "plain"])
+def test_with_no_other_backend_each_fault_is_an_error_in_the_envelope(stream):
+    limits = {"router_first_token_seconds": LIMIT, "router_answer_seconds": LIMIT}
+    with Stack(sidecar_enabled="0", **limits) as stack:
+        for row in ROWS:
+            if (row.stream if stream else row.plain) != "other":
+                continue
+            settle(stack)
+            stack.ollama.script = row.script(stream)
+            response = stack.chat(stream=stream)
+            error = response.json()["error"]
+            assert response.status_code >= 400, row.name
+            assert set(error) == {"message", "type", "param", "code"}, row.name
+            assert "no other backend" in error["message"], row.name
+            if row.name == "503":
+                assert response.headers["retry-after"] == "7"
+
+
+@pytest.mark.parametrize("victim", ["sidecar", "ollama"])
+def test_of_32_streams_under_a_killed_backend_those_without_a_byte_are_answered(victim):
+    """Half of the streams have had a token when the backend dies, half have not."""
+    arrived = 0
+
+    async def script(wire: Wire) -> None:
+        nonlocal arrived
+        arrived += 1
+        if arrived % 2:
+            await wire.raw(first(True))
+        await asyncio.sleep(30)
+
+    async def ask(client: httpx.AsyncClient, url: str) -> httpx.Response:
+        body = {"model": f"{victim}:", "messages": [{"role": "user", "content": "hi"}]}
+        return await client.post(url, json={**body, "stream": True})
+
+    async def load(stack: Stack) -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=20, trust_env=False) as client:
+            url = stack.url + "/v1/chat/completions"
+            requests = [asyncio.ensure_future(ask(client, url)) for _ in range(32)]
+            while arrived < 32:
+                await asyncio.sleep(0.01)
+            await getattr(stack, victim).stop()
+            return await asyncio.gather(*requests)
+
+    with Stack() as stack:
+        getattr(stack, victim).script = script
+        sound = stack.ollama if victim == "sidecar" else stack.sidecar
+        sound.script = says("other ", "answer")
+        outcomes = [
+            (r.headers["x-tqstack-backend"], *stream_answer(r)) for r in stack.run(load(stack))
+        ]
+        answered = [o for o in outcomes if o == (sound.name, "other answer", None)]
+        broken = [o for o in outcomes if o[0] == victim and o[1] == "one " and o[2]]
+        assert (len(answered), len(broken)) == (16, 16)
+
+
+def test_a_long_wait_is_bridged_with_comments_and_can_still_fall_back():
+    async def script(wire: Wire) -> None:
+        await wire.raw(SSE)
+        for done in (1, 2, 3):
+            await wire.chunk(b": prefill %d/4\n\n" % done)
+            await asyncio.sleep(0.1)
+        wire.cut()
+
+    with Stack(router_ping_seconds=0.08) as stack:
+        stack.sidecar.script = script
+        response = stack.chat(LONG, stream=True)
+        text, error = stream_answer(response)
+        assert (text, error) == ("from ollama", None)
+        comments = [e for e in response.text.split("\n\n") if e.startswith(":")]
+        assert any("prefill 2/4" in comment for comment in comments)
+        # The headers were out before the fallback: a comment says what they cannot.
+        assert ": sidecar failed; asking ollama" in comments
+
+
+def test_progress_keeps_a_long_prefill_from_timing_out():
+    async def script(wire: Wire) -> None:
+        await wire.raw(SSE)
+        for _ in range(8):
+            await asyncio.sleep(0.1)
+            await wire.chunk(b": prefill\n\n")
+        await wire.chunk(delta("own answer", "stop") + b"data: [DONE]\n\n")
+        await wire.end()
+
+    with Stack(router_first_token_seconds=0.3) as stack:
+        stack.sidecar.script = script
+        response = stack.chat(model="tq:", stream=True)
+        assert stream_answer(response) == ("own answer", None)
+
+
+def test_a_slow_client_is_not_a_stalled_backend():
+    async def script(wire: Wire) -> None:
+        await wire.raw(SSE)
+        for _ in range(300):
+            await wire.chunk(delta("x" * 30_000))
+        await wire.chunk(delta("", "stop") + b"data: [DONE]\n\n")
+        await wire.end()
+
+    with Stack(router_stall_seconds=0.3) as stack:
+        stack.ollama.script = script
+        with stack.http.stream(
+            "POST",
+            "/v1/chat/completions",
+            json={"messages": [{"role": "user", "content": "a"}], "stream": True},
+        ) as response:
+            pieces = response.iter_raw(1 << 16)
+            next(pieces)
+            time.sleep(1)
+            rest = b"".join(pieces)
+        assert rest.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("when", ["before a byte", "mid-stream", "unstreamed"])
+def test_a_client_that_leaves_is_felt_by_the_backend_within_10_ms(when):
+    async def script(wire: Wire) -> None:
+        if when == "mid-stream":
+            await wire.raw(first(True))
+        began.append(wire.seen)
+        await asyncio.sleep(30)
+
+    began: list = []
+    with Stack() as stack:
+        stack.ollama.script = script
+        delays = []
+        for _ in range(5):
+            began.clear()
+
+            async def leave() -> float:
+                async with httpx.AsyncClient(trust_env=False) as client:
+                    body = {"messages": [{"role": "user", "content": "a"}]}
+                    request = asyncio.ensure_future(
+                        client.post(
+                            stack.url + "/v1/chat/completions",
+                            json={**body, "stream": when != "unstreamed"},
+                        )
+                    )
+                    while not began:
+                        await asyncio.sleep(0.005)
+                    await asyncio.sleep(0.02)
+                    left = time.perf_counter()
+                    request.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await request
+                    return left
+
+            left = stack.run(leave())
+            settle(stack)
+            delays.append(began[0].closed_at - left)
+        assert sorted(delays)[2] < 0.01
+        assert list(stack.app.state.services.journal.recent)[-1].outcome == "gone"
+        # A client that leaves says nothing about the backend.
+        assert stack.app.state.services.backends["ollama"].breaker.closed
+
+
+def test_sigterm_lets_a_running_stream_end():
+    async def script(wire: Wire) -> None:
+        await wire.raw(first(True))
+        await asyncio.sleep(0.4)
+        await wire.chunk(delta("two", "stop") + b"data: [DONE]\n\n")
+        await wire.end()
+
+    async def ask_and_stop(stack: Stack) -> httpx.Response:
+        async with httpx.AsyncClient(timeout=10, trust_env=False) as client:
+            body = {"messages": [{"role": "user", "content": "a"}], "stream": True}
+            request = asyncio.ensure_future(
+                client.post(stack.url + "/v1/chat/completions", json=body)
+            )
+            while not stack.ollama.seen:
+                await asyncio.sleep(0.01)
+            stack.stop_serving()
+            return await request
+
+    with Stack() as stack:
+        stack.ollama.script = script
+        assert stream_answer(stack.run(ask_and_stop(stack))) == ("one two", None)
