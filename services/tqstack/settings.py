@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     )
     router_host: str = Field("127.0.0.1", min_length=1, description="address the router listens on")
     router_port: Port = Field(8000, description="port the router listens on")
+    router_allowed_hosts: str = Field(
+        "", description="names, with commas, that clients and web pages may use for this machine"
+    )
     router_body_limit_mb: Annotated[int, Field(ge=1)] = Field(
         64, description="largest request body, also after decompression"
     )
@@ -69,13 +72,22 @@ class Settings(BaseSettings):
     )
     sidecar_host: str = Field("127.0.0.1", min_length=1, description="the sidecar's address")
     sidecar_port: Port = Field(8001, description="the sidecar's port")
+    sidecar_max_batch: Annotated[int, Field(ge=1, le=256)] = Field(
+        16, description="requests that the sidecar generates for at once; more wait"
+    )
+    sidecar_max_tokens: Annotated[int, Field(ge=1)] = Field(
+        4096, description="tokens of an answer, where the request sets no limit"
+    )
+    sidecar_prefix_cache_mb: Annotated[int, Field(ge=0)] = Field(
+        2048, description="memory for prompts kept for their next turn, in MiB; 0: none"
+    )
     tqstack_api_key: str = Field("", description="key that clients must send; empty: none")
     tqstack_log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="how much is logged"
     )
     tq_kv_bits: str = Field("4", description="bits per cached value: 1-8, 3.5, k4v3, ...")
-    tq_kv_group_size: Annotated[int, Field(ge=16, le=512)] = Field(
-        64, description="values that share a scale, for the codecs that have groups"
+    tq_kv_group_size: Literal["auto"] | Annotated[int, Field(ge=8, le=512)] = Field(
+        "auto", description="values that share a scale; auto: all (turboquant), 64 (affine)"
     )
     tq_use_rotation: Literal["1", "0", "qr"] = Field("1", description="rotate: 1, 0 or qr")
     tq_use_normalization: Literal["1", "0"] = Field("1", description="store a norm per vector")

@@ -6,15 +6,15 @@ import asyncio
 import socket
 import threading
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import httpx
 import openai
-import uvicorn
 import uvloop
 
 from router.scripted import Scripted, says
-from tqstack.router.app import create_app
+from tqstack.router.app import RouterApp
+from tqstack.router.serve import server
 from tqstack.settings import Settings
 
 Result = TypeVar("Result")
@@ -60,10 +60,8 @@ class Stack:
         )
         listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self.app = create_app(settings)
-        self._server = uvicorn.Server(
-            uvicorn.Config(self.app, log_level="warning", ws="none", timeout_graceful_shutdown=5)
-        )
+        self._server = server(settings)
+        self.app = cast(RouterApp, self._server.config.app)
         self._serving = asyncio.ensure_future(self._server.serve([listener]))
         while not self._server.started:
             await asyncio.sleep(0.01)

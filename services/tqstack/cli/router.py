@@ -7,11 +7,6 @@ import signal
 
 from tqstack.settings import Settings, SettingsError, load_settings
 
-# Well above the pools' idle time of common clients: a connection that is closed while a client
-# takes it up again is a request that fails.
-KEEP_ALIVE_SECONDS = 120
-DRAIN_SECONDS = 30
-
 
 def router() -> None:
     """Serve the OpenAI-compatible endpoint that sends each request to Ollama or the sidecar."""
@@ -23,28 +18,10 @@ def router() -> None:
 
 
 def serve(settings: Settings) -> None:
-    import uvicorn
-
-    from tqstack.router.app import create_app
+    from tqstack.router.serve import server
 
     logging.basicConfig(
         level=settings.tqstack_log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
-    )
-    config = uvicorn.Config(
-        create_app(settings),
-        host=settings.router_host,
-        port=settings.router_port,
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        lifespan="on",
-        access_log=False,
-        log_level="warning",
-        proxy_headers=False,
-        server_header=False,
-        date_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
     )
     print(
         f"tqstack router: {settings.router_url}/v1  (OpenAI-compatible; Ctrl-C stops it)",
@@ -54,4 +31,4 @@ def serve(settings: Settings) -> None:
     # process that was asked to stop and did has not failed.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run()
+    server(settings).run()

@@ -88,6 +88,12 @@ class TextRequest(_Request):
         return self.max_tokens
 
 
+class EmbeddingRequest(_Request):
+    """`POST /v1/embeddings`. An input is a text or tokens, or a list of those."""
+
+    input: Annotated[str, Field(min_length=1)] | Annotated[list[Any], Field(min_length=1)]
+
+
 RequestType = TypeVar("RequestType", bound=_Request)
 
 

@@ -12,11 +12,13 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from tqstack.openai_api.errors import ApiError, error_body
-from tqstack.openai_api.schema import ChatRequest, TextRequest
+from tqstack.openai_api.schema import ChatRequest, EmbeddingRequest, TextRequest
 from tqstack.router.backends import Backend
 from tqstack.router.catalog import find_model, list_models
+from tqstack.router.client import Client
 from tqstack.router.estimate import Estimator
 from tqstack.router.forward import Forward, Services
+from tqstack.router.guard import Guard, cors_headers, preflight
 from tqstack.router.journal import Journal
 from tqstack.router.policy import Name, threshold_for
 from tqstack.router.upstream import Upstream
@@ -26,7 +28,7 @@ from tqstack.settings import Settings
 FORWARDED = [
     ("/v1/chat/completions", ChatRequest),
     ("/v1/completions", TextRequest),
-    ("/v1/embeddings", None),
+    ("/v1/embeddings", EmbeddingRequest),
 ]
 
 
@@ -37,13 +39,31 @@ class RouterApp(FastAPI):
     """
 
     forwards: dict[str, Forward]
+    guard: Guard
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST":
-            forward = self.forwards.get(scope["path"])
-            if forward:
-                return await forward(scope, receive, send)
+        if scope["type"] != "http":
+            return await super().__call__(scope, receive, send)
+        try:
+            origin = self.guard.check(scope)
+        except ApiError as error:
+            return await Client(receive, send).fail(error)
+        if origin:
+            send = _with_headers(send, cors_headers(origin))
+        if scope["method"] == "POST" and (forward := self.forwards.get(scope["path"])):
+            return await forward(scope, receive, send)
+        if scope["method"] == "OPTIONS":
+            return await preflight(send)
         await super().__call__(scope, receive, send)
+
+
+def _with_headers(send: Any, extra: list[tuple[bytes, bytes]]) -> Any:
+    async def sender(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], *extra]}
+        await send(message)
+
+    return sender
 
 
 def create_app(settings: Settings) -> RouterApp:
@@ -62,6 +82,7 @@ def create_app(settings: Settings) -> RouterApp:
 
     app = RouterApp(title="tqstack router", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.forwards = {}
+    app.guard = Guard(settings)
     app.add_api_route("/v1/models", models, methods=["GET"])
     app.add_api_route("/v1/models/{model:path}", model, methods=["GET"])
     app.add_api_route("/health", health, methods=["GET"])

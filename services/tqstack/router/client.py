@@ -23,33 +23,24 @@ class ClientGone(Exception):
     """The client closed its connection before the whole request was here."""
 
 
-async def read_body(scope: Mapping[str, Any], receive: Any, limit: int) -> bytes:
+async def read_body(receive: Any, limit: int) -> bytes:
     """The request's body.
 
     Raises:
         ApiError: 413 if it is larger than `limit` bytes.
         ClientGone: the client closed its connection.
     """
-    for name, value in scope["headers"]:
-        if name == b"content-length" and int(value) > limit:
-            raise too_large(limit)
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body"):
-        body = message.get("body", b"")
-        if len(body) > limit:
-            raise too_large(limit)
-        return body
-    pieces, size = [], 0
-    while message["type"] == "http.request":
-        piece = message.get("body", b"")
-        pieces.append(piece)
-        size += len(piece)
+    pieces, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ClientGone
+        pieces.append(message.get("body", b""))
+        size += len(pieces[-1])
         if size > limit:
             raise too_large(limit)
-        if not message.get("more_body"):
-            return b"".join(pieces)
-        message = await receive()
-    raise ClientGone
+        more = message.get("more_body")
+    return b"".join(pieces)
 
 
 def too_large(limit: int) -> ApiError:

@@ -10,9 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from tqstack.openai_api.errors import ApiError
-from tqstack.openai_api.schema import ChatRequest, TextRequest, parse_json, validate
+from tqstack.openai_api.schema import (
+    ChatRequest,
+    EmbeddingRequest,
+    TextRequest,
+    parse_json,
+    validate,
+)
 from tqstack.router.backends import Backend
 from tqstack.router.client import Client, ClientGone, read_body
+from tqstack.router.encoding import decode
 from tqstack.router.estimate import Estimator, Size, measure
 from tqstack.router.failure import Failure
 from tqstack.router.journal import Journal, Record
@@ -46,7 +53,10 @@ class Forward:
     """An ASGI application that answers the requests for one path through a backend."""
 
     def __init__(
-        self, path: str, schema: type[ChatRequest | TextRequest] | None, services: Services
+        self,
+        path: str,
+        schema: type[ChatRequest | TextRequest | EmbeddingRequest],
+        services: Services,
     ):
         self._path = path
         self._schema = schema
@@ -60,12 +70,14 @@ class Forward:
         watcher: asyncio.Task[None] | None = None
         try:
             limit = self._services.settings.router_body_limit_mb << 20
-            body = await read_body(scope, receive, limit)
+            body = await read_body(receive, limit)
             # Without a watcher a client that goes away is noticed at the next send only.
             watcher = asyncio.create_task(client.watch(task))
+            for name, value in scope["headers"]:
+                if name == b"content-encoding":
+                    body = decode(body, value.decode("latin-1"), limit)
             request = parse_json(body)
-            if self._schema:
-                validate(self._schema, request)
+            validate(self._schema, request)
             await Exchange(self._services, client, record, body, request).run()
         except ApiError as error:
             record.outcome, record.status, record.error = "refused", error.status, error.message

@@ -1,0 +1,109 @@
+"""Who may talk to the router: checks of Host, Origin and key, before anything else is looked at.
+
+A web page that the user visits can send requests to 127.0.0.1, with its own Origin, or under a name
+of its own that it lets point here (DNS rebinding). Neither gets an answer.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from typing import Any
+from urllib.parse import urlsplit
+
+from tqstack.openai_api.errors import ApiError
+from tqstack.settings import LOOPBACK, Settings
+
+_OPEN_PATHS = ("/",)  # the status page has no data of its own, and asks for the key
+_PREFLIGHT = [
+    (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+    (b"access-control-allow-headers", b"*, authorization"),
+    (b"access-control-max-age", b"600"),
+]
+
+
+class Guard:
+    """The checks, for one router's settings."""
+
+    def __init__(self, settings: Settings):
+        extra = [name.strip().lower() for name in settings.router_allowed_hosts.split(",")]
+        self._names = {*LOOPBACK, settings.router_host.lower(), *filter(None, extra)}
+        self._key = settings.tqstack_api_key.encode()
+
+    def check(self, scope: Any) -> str | None:
+        """Lets a request pass, and gives back its Origin, if it has one.
+
+        Raises:
+            ApiError: 400, 401 or 403.
+        """
+        host = origin = key = None
+        for name, value in scope["headers"]:
+            if name == b"host":
+                if host is not None:
+                    raise ApiError(400, "the request has more than one Host header")
+                host = value.decode("latin-1")
+            elif name == b"origin":
+                origin = value.decode("latin-1")
+            elif name == b"x-api-key":
+                key = value
+            elif name == b"authorization" and value[:7].lower() == b"bearer ":
+                key = value[7:].strip()
+        if host is None:
+            raise ApiError(400, "the request has no Host header")
+        if not self._knows(f"//{host}"):
+            raise _foreign(f"the host {host!r}")
+        if origin is not None and not self._knows(origin):
+            raise _foreign(f"pages from {origin!r}")
+        if self._key and scope["method"] != "OPTIONS" and scope["path"] not in _OPEN_PATHS:
+            self._check_key(key)
+        return origin
+
+    def _check_key(self, key: bytes | None) -> None:
+        if key is None or not hmac.compare_digest(key, self._key):
+            raise ApiError(
+                401,
+                "this router needs its key: send `Authorization: Bearer KEY` with the value of "
+                "TQSTACK_API_KEY",
+                code="invalid_api_key",
+            )
+
+    def _knows(self, url: str) -> bool:
+        try:
+            name = (urlsplit(url).hostname or "").rstrip(".").lower()
+        except ValueError:
+            return False
+        if name in self._names:
+            return True
+        # Rebinding needs a name. An address is one of ours, or we were not reached.
+        return url.startswith("//") and _is_address(name)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _foreign(what: str) -> ApiError:
+    return ApiError(
+        403,
+        f"this router does not answer {what}; if it should, add the name to ROUTER_ALLOWED_HOSTS",
+        code="forbidden",
+    )
+
+
+def cors_headers(origin: str) -> list[tuple[bytes, bytes]]:
+    """For an answer to a page from `origin`."""
+    return [
+        (b"access-control-allow-origin", origin.encode("latin-1")),
+        (b"access-control-expose-headers", b"*"),
+        (b"vary", b"origin"),
+    ]
+
+
+async def preflight(send: Any) -> None:
+    """Answers a browser's question whether a page may send a request."""
+    await send({"type": "http.response.start", "status": 204, "headers": _PREFLIGHT})
+    await send({"type": "http.response.body", "body": b""})
