@@ -13,15 +13,8 @@ from tqstack.turboquant import make_codec, outlier_spec
 DIMS = (64, 80, 96, 112, 128, 192, 256, 576)
 PLAIN = tuple(f"tq{bits}" for bits in range(1, 9))
 VARIANTS = ("none", "tq4-g16", "tq3-qr", "tq4-none", "tq4-raw", "tq2-s3", "tq3-g16-qr-raw-s9")
-VARIANTS += (
-    "tq3.5",
-    "tq2.5-outliers",
-    "prod1",
-    "prod3",
-    "prod4-s2",
-    "affine4-g64",
-    "affine3-g32-qr",
-)
+VARIANTS += ("tq3.5", "tq2.5-outliers", "prod1", "prod3", "prod4-s2", "tcq4-l8", "tcq2-l8-s5")
+VARIANTS += ("affine4-g64", "affine3-g32-qr")
 
 
 def spec_for(name: str, dim: int) -> str | None:
@@ -58,7 +51,7 @@ def test_planes_have_the_promised_shapes_and_bytes(case, lead, dtype):
     promised = [((*lead, width), kind) for width, kind in codec.plane_shapes()]
     assert [(plane.shape, plane.dtype) for plane in planes] == promised
     stored = sum(width * kind.size for width, kind in codec.plane_shapes())
-    assert stored * 8 / dim == codec.bits_per_value
+    assert stored * 8 == pytest.approx(dim * codec.bits_per_value)
     decoded = codec.decode(planes, dtype)
     assert (decoded.shape, decoded.dtype) == ((*lead, dim), dtype)
 
@@ -70,7 +63,7 @@ def test_stored_bytes_are_exactly_the_codes_and_a_half_precision_scale(bits, dim
     assert sum(plane.nbytes for plane in planes) == 5 * (-(-dim * bits // 8) + 2)
 
 
-@pytest.mark.parametrize(("spec", "dim"), CASES)
+@pytest.mark.parametrize(("spec", "dim"), [case for case in CASES if case[1] in (64, 112, 256)])
 def test_the_spec_makes_an_equal_codec(spec, dim):
     x = vectors(4, dim)
     codec = make_codec(spec, dim)
@@ -80,7 +73,10 @@ def test_the_spec_makes_an_equal_codec(spec, dim):
     assert mx.array_equal(codec.decode(codec.encode(x)), again.decode(again.encode(x)))
 
 
-@pytest.mark.parametrize(("spec", "dim"), [case for case in CASES if case[0] not in PLAIN[1:]])
+@pytest.mark.parametrize(
+    ("spec", "dim"),
+    [case for case in CASES if case[0] not in PLAIN[1:] and not case[0].startswith("tcq")],
+)
 def test_rotation_keeps_inner_products_and_unrotate_inverts_it(spec, dim):
     codec = make_codec(spec, dim)
     matrix = np.array(codec.rotate(mx.eye(dim)))

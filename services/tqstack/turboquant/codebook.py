@@ -32,8 +32,8 @@ def lloyd_max(bits: int, dim: int | None = None) -> np.ndarray:
     """Centroids that minimise the squared error of one coordinate.
 
     bits: 1 to 8. dim: vector dimension (at least 4), or None for the standard normal.
-    Returns (2^bits,) float32 that float16 holds exactly, ascending, symmetric, in units of the coordinate's standard
-    deviation; read-only, because it is cached.
+    Returns (2^bits,) float32 that float16 holds exactly, ascending, symmetric, in units of the
+    coordinate's standard deviation; read-only, because it is cached.
     """
     if not 1 <= bits <= MAX_BITS:
         raise ValueError(f"bits is {bits}; a Lloyd-Max codebook has 1 to {MAX_BITS} bits")

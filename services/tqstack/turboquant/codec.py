@@ -11,6 +11,7 @@ from .affine import AffineCodec
 from .lloyd import LloydCodec
 from .outliers import OutlierCodec
 from .qjl import ProdCodec
+from .trellis import TrellisCodec
 
 
 class Codec(Protocol):
@@ -88,6 +89,7 @@ def make_codec(spec: str, dim: int) -> Codec:
                          norm-corrected, another seed of the rotation
     tqB-oHEX             fractional B with the extra bit on the channels whose bits HEX sets
     prodB[-sS]           TurboQuant's Algorithm 2: B - 1 bits and a one-bit residual sketch
+    tcqB-lL[-sS]         trellis-coded TurboQuant: B of 2, 3, 4 and windows of L = 8 bits
     affineB-gG[-qr|-none]
                          mx.quantize after the rotation
     """
@@ -120,6 +122,10 @@ def _prod(dim: int, bits: str, seed="0") -> Codec:
     return ProdCodec(dim, int(bits), seed=int(seed))
 
 
+def _trellis(dim: int, bits: str, window: str, seed="0") -> Codec:
+    return TrellisCodec(dim, int(bits), window=int(window), seed=int(seed))
+
+
 def _affine(dim: int, bits: str, group: str, rotation="hadamard") -> Codec:
     return AffineCodec(dim, int(bits), group=int(group), rotation=rotation)
 
@@ -132,5 +138,6 @@ _FAMILIES = (
     (re.compile(rf"tq{_WIDTH}(?:{_GROUP})?{_ROTATION}(?P<raw>-raw)?{_SEED}"), _lloyd),
     (re.compile(rf"tq{_WIDTH}-o(?P<channels>[0-9a-f]+)"), _outlier),
     (re.compile(rf"prod(?P<bits>\d+){_SEED}"), _prod),
+    (re.compile(rf"tcq(?P<bits>\d+)-l(?P<window>\d+){_SEED}"), _trellis),
     (re.compile(rf"affine(?P<bits>\d+){_GROUP}{_ROTATION}"), _affine),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Protocol
 
 import mlx.core as mx
@@ -91,6 +92,7 @@ class RandomOrthogonal:
 ROTATIONS = ("hadamard", "qr", "none")
 
 
+@lru_cache(maxsize=64)
 def make_rotation(kind: str, dim: int, seed: int = 0) -> Rotation:
     """kind: "hadamard", "qr" or "none"; equal arguments give equal rotations on every machine."""
     if kind == "hadamard":

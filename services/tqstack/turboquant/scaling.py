@@ -32,4 +32,4 @@ def standardised(y: mx.array) -> tuple[mx.array, mx.array]:
 
 def stored(scale: mx.array) -> mx.array:
     """float32 scales as float16, saturated: finite for every input."""
-    return mx.minimum(scale, _SCALE_MAX).astype(SCALE_DTYPE)
+    return mx.clip(scale, -_SCALE_MAX, _SCALE_MAX).astype(SCALE_DTYPE)
