@@ -17,6 +17,7 @@ from tqstack.router.backends import Backend
 from tqstack.router.catalog import find_model, list_models
 from tqstack.router.client import Client
 from tqstack.router.estimate import Estimator
+from tqstack.router.exact import ExactCounter
 from tqstack.router.forward import Forward, Services
 from tqstack.router.guard import Guard, cors_headers, preflight
 from tqstack.router.journal import Journal
@@ -100,7 +101,8 @@ def _services(settings: Settings, upstream: Upstream) -> Services:
             "ollama", settings.ollama_base_url, upstream, model=settings.ollama_model
         ),
     }
-    return Services(settings, upstream, backends, Estimator(), Journal())
+    counter = ExactCounter(settings.model_name)
+    return Services(settings, upstream, backends, Estimator(), counter, Journal())
 
 
 async def models(request: Request) -> Response:

@@ -48,6 +48,21 @@ _NOISE = 0.04
 def measure(request: dict[str, Any]) -> Size:
     """The size of a chat, completion, embedding, Responses or Anthropic request."""
     texts: list[str] = []
+    messages, images = _collect(request, texts)
+    tools = request.get("tools")
+    tool_bytes = len(orjson.dumps(tools)) if tools else 0
+    data = "\n".join(texts).encode(errors="replace")
+    return Size(*_kinds(data), tool_bytes, messages + 1, images)
+
+
+def texts_of(request: dict[str, Any]) -> tuple[list[str], int]:
+    """The texts of a request's prompt, and how many messages they are in."""
+    texts: list[str] = []
+    return texts, _collect(request, texts)[0]
+
+
+def _collect(request: dict[str, Any], texts: list[str]) -> tuple[int, int]:
+    """Collects a request's texts; returns how many messages and images it has."""
     messages = images = 0
     for key in ("messages", "input", "system", "prompt", "instructions"):
         value = request.get(key)
@@ -55,10 +70,7 @@ def measure(request: dict[str, Any]) -> Size:
             messages += len(value)
         if value:
             images += _gather(value, texts)
-    tools = request.get("tools")
-    tool_bytes = len(orjson.dumps(tools)) if tools else 0
-    data = "\n".join(texts).encode(errors="replace")
-    return Size(*_kinds(data), tool_bytes, messages + 1, images)
+    return messages, images
 
 
 def _gather(value: Any, texts: list[str]) -> int:
@@ -121,7 +133,7 @@ class Weights:
         """
         guess = self.tokens(size)
         wrong = abs(guess / true_tokens - 1)
-        if size.images or wrong > 2.3 or guess * 3.3 < true_tokens or true_tokens < 8:
+        if size.images or wrong > 2.3 or guess * 6 < true_tokens or true_tokens < 8:
             return
         if wrong < _NOISE / 4:  # nothing to learn, and this runs for every answer
             return

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqstack.openai_api.errors import ApiError
@@ -21,6 +21,7 @@ from tqstack.router.backends import Backend
 from tqstack.router.client import Client, ClientGone, read_body
 from tqstack.router.encoding import decode
 from tqstack.router.estimate import Estimator, Size, measure
+from tqstack.router.exact import NEAR, ExactCounter
 from tqstack.router.failure import Failure
 from tqstack.router.journal import Journal, Record
 from tqstack.router.needs import is_background, needs_of
@@ -46,6 +47,7 @@ class Services:
     upstream: Upstream
     backends: Mapping[Name, Backend]
     estimator: Estimator
+    counter: ExactCounter
     journal: Journal
 
 
@@ -140,11 +142,14 @@ class Exchange:
         backends = services.backends.values()
         if not all(backend.health.asked for backend in backends):
             await asyncio.gather(*(backend.check() for backend in backends))
+        sidecar = services.backends["sidecar"]
+        threshold = threshold_for(services.settings.prompt_token_threshold, sidecar.architecture)
         ask = self._ask()
+        if sidecar.enabled and abs(ask.tokens["sidecar"] / threshold - 1) < NEAR:
+            tokens = await services.counter.count(self._request)
+            if tokens is not None:
+                ask = replace(ask, tokens={**ask.tokens, "sidecar": tokens})
         record.estimate = ask.tokens["sidecar"]
-        threshold = threshold_for(
-            services.settings.prompt_token_threshold, services.backends["sidecar"].architecture
-        )
         try:
             decision = decide(ask, {b.name: b.view() for b in backends}, threshold)
         except ApiError as error:
