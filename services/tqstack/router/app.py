@@ -13,15 +13,16 @@ from starlette.exceptions import HTTPException
 
 from tqstack.openai_api.errors import ApiError, error_body
 from tqstack.openai_api.schema import ChatRequest, EmbeddingRequest, TextRequest
+from tqstack.router import views
 from tqstack.router.backends import Backend
-from tqstack.router.catalog import find_model, list_models
 from tqstack.router.client import Client
 from tqstack.router.estimate import Estimator
 from tqstack.router.exact import ExactCounter
 from tqstack.router.forward import Forward, Services
 from tqstack.router.guard import Guard, cors_headers, preflight
 from tqstack.router.journal import Journal
-from tqstack.router.policy import Name, threshold_for
+from tqstack.router.metrics import Metrics
+from tqstack.router.policy import Name
 from tqstack.router.upstream import Upstream
 from tqstack.settings import Settings
 
@@ -30,6 +31,15 @@ FORWARDED = [
     ("/v1/chat/completions", ChatRequest),
     ("/v1/completions", TextRequest),
     ("/v1/embeddings", EmbeddingRequest),
+]
+# The paths that the router answers by itself.
+VIEWS = [
+    ("/", views.page),
+    ("/v1/models", views.models),
+    ("/v1/models/{name:path}", views.model),
+    ("/health", views.health),
+    ("/status", views.status),
+    ("/metrics", views.metrics),
 ]
 
 
@@ -84,9 +94,8 @@ def create_app(settings: Settings) -> RouterApp:
     app = RouterApp(title="tqstack router", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.forwards = {}
     app.guard = Guard(settings)
-    app.add_api_route("/v1/models", models, methods=["GET"])
-    app.add_api_route("/v1/models/{model:path}", model, methods=["GET"])
-    app.add_api_route("/health", health, methods=["GET"])
+    for path, endpoint in VIEWS:
+        app.add_api_route(path, endpoint, methods=["GET"])
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     return app
@@ -102,36 +111,9 @@ def _services(settings: Settings, upstream: Upstream) -> Services:
         ),
     }
     counter = ExactCounter(settings.model_name)
-    return Services(settings, upstream, backends, Estimator(), counter, Journal())
-
-
-async def models(request: Request) -> Response:
-    services: Services = request.app.state.services
-    return JSONResponse({"object": "list", "data": list_models(services.backends)})
-
-
-async def model(request: Request, model: str) -> Response:
-    services: Services = request.app.state.services
-    return JSONResponse(find_model(services.backends, model))
-
-
-async def health(request: Request) -> Response:
-    """200 while somebody can answer; what each backend's last probe showed."""
-    services: Services = request.app.state.services
-    backends = {b.name: b.report() for b in services.backends.values()}
-    alive = any(report["state"] in ("up", "sick") for report in backends.values())
-    threshold = threshold_for(
-        services.settings.prompt_token_threshold, services.backends["sidecar"].architecture
-    )
-    return JSONResponse(
-        {
-            "status": "ok" if alive else "error",
-            "threshold": threshold,
-            "backends": backends,
-            "running": len(services.journal.running),
-        },
-        status_code=200 if alive else 503,
-    )
+    metrics = Metrics(backends)
+    journal = Journal(metrics.observe)
+    return Services(settings, upstream, backends, Estimator(), counter, journal, metrics)
 
 
 async def _api_error(request: Request, error: Any) -> Response:

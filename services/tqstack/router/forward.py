@@ -24,6 +24,7 @@ from tqstack.router.estimate import Estimator, Size, measure
 from tqstack.router.exact import NEAR, ExactCounter
 from tqstack.router.failure import Failure
 from tqstack.router.journal import Journal, Record
+from tqstack.router.metrics import Metrics
 from tqstack.router.needs import is_background, needs_of
 from tqstack.router.policy import Ask, Decision, Name, decide, split_model, threshold_for
 from tqstack.router.relay import Relay
@@ -49,6 +50,7 @@ class Services:
     estimator: Estimator
     counter: ExactCounter
     journal: Journal
+    metrics: Metrics
 
 
 class Forward:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
 
 from tqstack.router.policy import Decision, Name
+
+log = logging.getLogger(__name__)
 
 KEPT = 100
 _ids = itertools.count(1)
@@ -52,6 +58,38 @@ class Record:
         reason = self.decision.reason if self.decision else ""
         return "; ".join((reason, *self.failures)) if self.failures else reason
 
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Mean gap between a stream's tokens."""
+        if not self.stream or self.seconds is None or self.first_token is None:
+            return None
+        gaps = (self.output_tokens or 0) - 1
+        return (self.seconds - self.first_token) / gaps if gaps > 0 else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the log and the status page. It holds no prompt, no answer and no key."""
+        decision, gap = self.decision, self.seconds_per_token
+        return {
+            "id": self.id,
+            "began_at": round(self.began_at, 3),
+            "path": self.path,
+            "model": self.model,
+            "stream": self.stream,
+            "backend": self.backend,
+            "answered_as": decision.model if decision else None,
+            "reason": self.reason,
+            "fallback_from": decision.fallback_from if decision else None,
+            "estimate": self.estimate,
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+            "first_token": _rounded(self.first_token),
+            "seconds": _rounded(self.seconds or time.perf_counter() - self.began),
+            "tokens_per_second": round(1 / gap, 1) if gap else None,
+            "status": self.status,
+            "outcome": self.outcome or "running",
+            "error": self.error,
+        }
+
     def mark_first_token(self) -> None:
         self.first_token = time.perf_counter() - self.began
 
@@ -68,10 +106,14 @@ class Record:
         return headers
 
 
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)
+
+
 class Journal:
     """Keeps the records; `listener` hears of each one that ends."""
 
-    def __init__(self, listener: Callable[[Record], None] | None = None):
+    def __init__(self, listener: Callable[[Record], None]):
         self.running: dict[int, Record] = {}
         self.recent: deque[Record] = deque(maxlen=KEPT)
         self._listener = listener
@@ -85,5 +127,6 @@ class Journal:
         record.seconds = time.perf_counter() - record.began
         self.running.pop(record.id, None)
         self.recent.append(record)
-        if self._listener:
-            self._listener(record)
+        self._listener(record)
+        if log.isEnabledFor(logging.INFO):
+            log.info("%s", orjson.dumps(record.as_dict()).decode())

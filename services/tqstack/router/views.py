@@ -1,0 +1,72 @@
+"""What the router answers by itself: models, health, metrics, and the status page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+
+from tqstack.router.catalog import find_model, list_models
+from tqstack.router.forward import Services
+from tqstack.router.policy import threshold_for
+
+_PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+# Everything is in the one file; it may ask this router, and nobody else.
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def _services(request: Request) -> Services:
+    return request.app.state.services
+
+
+async def page() -> Response:
+    return HTMLResponse(_PAGE, headers={"content-security-policy": _PAGE_POLICY})
+
+
+async def models(request: Request) -> Response:
+    data = list_models(_services(request).backends)
+    return JSONResponse({"object": "list", "data": data})
+
+
+async def model(request: Request, name: str) -> Response:
+    return JSONResponse(find_model(_services(request).backends, name))
+
+
+async def health(request: Request) -> Response:
+    """200 while somebody can answer; what each backend's last probe showed."""
+    summary = _summary(_services(request))
+    return JSONResponse(summary, status_code=200 if summary["status"] == "ok" else 503)
+
+
+async def status(request: Request) -> Response:
+    """Everything that the status page and `tqstack top` show."""
+    services = _services(request)
+    journal = services.journal
+    return JSONResponse(
+        {
+            **_summary(services),
+            "requests": [record.as_dict() for record in journal.running.values()],
+            "recent": [record.as_dict() for record in reversed(journal.recent)],
+        }
+    )
+
+
+async def metrics(request: Request) -> Response:
+    body = _services(request).metrics.render()
+    return Response(body, media_type="text/plain; version=1.0.0; charset=utf-8")
+
+
+def _summary(services: Services) -> dict:
+    backends = {backend.name: backend.report() for backend in services.backends.values()}
+    alive = any(report["state"] in ("up", "sick") for report in backends.values())
+    setting = services.settings.prompt_token_threshold
+    return {
+        "status": "ok" if alive else "error",
+        "threshold": threshold_for(setting, services.backends["sidecar"].architecture),
+        "running": len(services.journal.running),
+        "backends": backends,
+    }
