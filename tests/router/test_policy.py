@@ -55,7 +55,8 @@ def route(request, seen):
         # What cannot hold the prompt is no choice and no fallback.
         (ask(tokens=9_000), views(), ("sidecar", "long-prompt", None, None)),
         (ask("local:", 9_000), views(), ("sidecar", "context", "ollama", None)),
-        (ask("qwen", 200_000), views(), ("ollama", "context", None, None)),
+        # A context that is not told is trusted with what the longest known one holds.
+        (ask("qwen", 90_000), views("down"), ("ollama", "sidecar-down", "sidecar", None)),
         # Nor is what cannot do what is asked, unless nobody can.
         (
             ask(tokens=5000, needs=frozenset({"images"})),
@@ -126,6 +127,13 @@ def test_an_estimate_within_its_slack_of_the_context_is_not_refused():
     with pytest.raises(ApiError) as error:
         decide(ask(tokens=11_000, slack=0.25), views("off"), THRESHOLD)
     assert error.value.code == "context_length_exceeded"
+
+
+def test_a_prompt_over_every_known_context_is_refused_though_one_backend_tells_none():
+    with pytest.raises(ApiError) as error:
+        decide(ask("qwen", 200_000), views(), THRESHOLD)
+    assert error.value.code == "context_length_exceeded"
+    assert "200000" in error.value.message and "100000" in error.value.message
 
 
 @given(st.sampled_from([*PREFIXES, ""]), st.text())

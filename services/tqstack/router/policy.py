@@ -126,7 +126,7 @@ def decide(ask: Ask, views: Mapping[Name, View], threshold: int) -> Decision:
     _check_known(ask.model, model, enabled)
     first, reason = _preference(ask, forced, views, threshold)
     order = sorted(enabled, key=lambda view: view.name != first)
-    able = [view for view in order if _holds(view, model, ask)]
+    able = [view for view in order if _holds(view, model, ask, _longest(enabled, model))]
     if not able:
         raise _too_long(ask, model, order)
     capable = [view for view in able if not (ask.needs & view.lacks)] or able
@@ -184,8 +184,14 @@ def _preference(
     return "sidecar", "long-prompt"
 
 
-def _holds(view: View, model: str, ask: Ask) -> bool:
-    context = view.context(model)
+def _longest(views: list[View], model: str) -> int | None:
+    return max((context for view in views if (context := view.context(model))), default=None)
+
+
+def _holds(view: View, model: str, ask: Ask, longest: int | None) -> bool:
+    """Whether the prompt fits. A backend that does not tell its context is trusted with what the
+    longest known one holds, and no more."""
+    context = view.context(model) or longest
     return context is None or ask.tokens[view.name] * (1 - ask.slack) < context
 
 
