@@ -22,7 +22,7 @@ HELLO = [{"role": "user", "content": "hello"}]
         ({"messages": HELLO, "max_tokens": "5"}, "max_tokens"),
         ({"messages": HELLO, "temperature": "hot"}, "temperature"),
         ({"messages": HELLO, "temperature": 9}, "temperature"),
-        ({"messages": HELLO, "top_p": 0}, "top_p"),
+        ({"messages": HELLO, "top_p": -0.1}, "top_p"),
         ({"messages": HELLO, "stream": "yes"}, "stream"),
         ({"messages": HELLO, "tools": "none"}, "tools"),
         ({"messages": HELLO, "model": 7}, "model"),

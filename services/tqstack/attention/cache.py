@@ -11,8 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
+from mlx_lm.models.base import create_causal_mask
 
-from tqstack.attention.tiled import tiled_attention
+from tqstack.attention.kernels.choose import attention, encode_pair
 from tqstack.turboquant.codec import Codec, make_codec
 
 Planes = tuple[mx.array, ...]
@@ -62,7 +63,7 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
         only `attend` can read it.
         """
         self.head_dims = (keys.shape[-1], values.shape[-1])
-        key_planes, value_planes = self.key_codec.encode(keys), self.value_codec.encode(values)
+        key_planes, value_planes = encode_pair(keys, values, self.key_codec, self.value_codec)
         end = self.length + keys.shape[2]
         self.keys = _append(self.keys, key_planes, self.length, end, self.step)
         self.values = _append(self.values, value_planes, self.length, end, self.step)
@@ -104,7 +105,7 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
         """
         assert self.keys is not None and self.values is not None, "nothing has been stored yet"
         self.reads += 1
-        return tiled_attention(
+        return attention(
             queries,
             self.keys,
             self.values,
@@ -121,7 +122,7 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
         """mlx-lm's mask for N new tokens; "causal" is never spelled out as an array by itself."""
         if return_array or window_size is not None:
             padding = None if self.padding is None else mx.array(self.padding)
-            return mlx_cache.create_causal_mask(
+            return create_causal_mask(
                 N, self.length, window_size=window_size, left_padding=padding
             )
         return None if N == 1 else "causal"

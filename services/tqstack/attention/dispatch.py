@@ -16,6 +16,7 @@ import mlx.nn as nn
 from tqstack.attention.cache import TurboQuantKVCache
 
 NAME = "scaled_dot_product_attention"
+MARK = "reads_compressed_caches"
 
 
 class NotCompressedError(RuntimeError):
@@ -27,7 +28,7 @@ def install(model: nn.Module) -> None:
     for module in model.modules():
         scope = getattr(type(module).__call__, "__globals__", {})
         original = scope.get(NAME)
-        if original is not None and not hasattr(original, "_reads_compressed"):
+        if original is not None and not hasattr(original, MARK):
             scope[NAME] = _reading_compressed(original)
 
 
@@ -46,7 +47,7 @@ def _reading_compressed(original):
             return keys.attend(queries, scale=scale, mask=mask, sinks=sinks)
         return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
 
-    attention._reads_compressed = True  # pyright: ignore[reportFunctionMemberAccess]
+    setattr(attention, MARK, True)
     return attention
 
 

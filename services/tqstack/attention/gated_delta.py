@@ -10,15 +10,20 @@ With G_t = g_1 ... g_t inside the chunk, the rows of U solve (I + A) U = beta V 
 where A_ti = beta_t (G_t / G_i) <k_t, k_i> for i < t. Everything but S_0 is known for all chunks at
 once, and S_0 moves to the next chunk by one product: S_C = S_0 M + N.
 
-CUDA has a kernel for the recurrence itself (`kernels/gated_delta.py`), which keeps the state in
+CUDA has a kernel for the recurrence itself (`kernels/recurrence.py`), which keeps the state in
 registers; this form is what the CPU runs, and what the kernel is compared with.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gated_delta as mlx_gated_delta
+
+from tqstack.attention.kernels import recurrence as kernel
+from tqstack.attention.kernels.program import backend
 
 # Tokens whose intermediate matrices exist at once: they take 0.4 GB for 32 heads of 128.
 SEGMENT = 2048
@@ -36,7 +41,7 @@ def install(model: nn.Module) -> int:
         return 0
     layers = 0
     for module in model.modules():
-        call = type(module).__call__
+        call: Any = type(module).__call__
         code = getattr(call, "__code__", None)
         if code is not None and "gated_delta_update" in code.co_names:
             call.__globals__["gated_delta_update"] = gated_delta_update
@@ -79,6 +84,11 @@ def gated_delta_update(
             lower_bound=lower_bound,
             allow_neg_eigval=allow_neg_eigval,
         )
+    plain = lower_bound is None and not allow_neg_eigval
+    if plain and use_kernel and backend() == "cuda" and kernel.serves(q, v):
+        if state is None:
+            state = mx.zeros((*v.shape[:1], *v.shape[2:], k.shape[-1]))
+        return kernel.recurrence(q, k, v, a, b, A_log, dt_bias, state, mask)
     rate = mx.exp(A_log.astype(mx.float32))
     if lower_bound is None:
         log_g = -rate * nn.softplus(a + dt_bias)

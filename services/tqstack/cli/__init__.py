@@ -1,0 +1,23 @@
+"""`tqstack COMMAND`. Every command's module is light: what is heavy is imported when it runs."""
+
+from __future__ import annotations
+
+import typer
+
+from tqstack.cli.doctor import doctor
+from tqstack.cli.router import router
+from tqstack.cli.sidecar import sidecar
+from tqstack.cli.up import up
+
+app = typer.Typer(
+    help="One OpenAI-compatible endpoint; Ollama and a compressed-cache sidecar behind it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+for command in (up, router, sidecar, doctor):
+    app.command()(command)
+
+
+def main() -> None:
+    app()

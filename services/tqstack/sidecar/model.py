@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load
 
 from tqstack import demo_model
+from tqstack.attention import gated_delta
 from tqstack.attention.hybrid import softmax_entries
 
 DEFAULT_CONTEXT = 32768  # where a model's config does not say
@@ -39,6 +40,13 @@ class LoadedModel:
     def context_length(self) -> int:
         text = self.config.get("text_config", self.config)
         return int(text.get("max_position_embeddings") or DEFAULT_CONTEXT)
+
+    @property
+    def widest_activation(self) -> int:
+        """Values of the widest activation of a token: a feed-forward layer, or the vocabulary."""
+        text = self.config.get("text_config", self.config)
+        names = ("hidden_size", "intermediate_size", "vocab_size")
+        return max(int(text.get(name) or 0) for name in names)
 
     @property
     def architecture(self) -> str:
@@ -76,6 +84,7 @@ def load_model(name: str) -> LoadedModel:
         model = dequantize_model(model)
         model.update(tree_map(_as_float32, model.parameters()))
         mx.eval(model.parameters())
+    gated_delta.install(model)
     cache = make_prompt_cache(model)
     return LoadedModel(
         model_id, path, model, tokenizer, config, len(cache), tuple(softmax_entries(cache))

@@ -1,0 +1,57 @@
+"""What several commands share: the console, settings with a readable failure, OpenBLAS."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+
+from tqstack.settings import Settings, SettingsError, accelerator, load_settings
+
+# sysexits.h EX_CONFIG: starting again will not help, so supervisors do not.
+EXIT_CONFIG = 78
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def fail(message: str, code: int = EXIT_CONFIG) -> NoReturn:
+    errors.print(f"[bold red]tqstack:[/] {message}", soft_wrap=True, highlight=False)
+    raise SystemExit(code)
+
+
+def settings() -> Settings:
+    """The settings, or an exit that says what is wrong with them."""
+    try:
+        return load_settings()
+    except SettingsError as error:
+        fail(str(error))
+
+
+def openblas() -> str | None:
+    """The system's OpenBLAS on a Linux machine that computes on its CPU; MLX's own BLAS is 30 times
+    slower there."""
+    if sys.platform != "linux" or accelerator() != "cpu":
+        return None
+    known = sorted(Path("/usr/lib").glob("*/openblas-pthread/libopenblas.so.0"))
+    return str(known[0]) if known else ctypes.util.find_library("openblas")
+
+
+def with_openblas(environment: dict[str, str]) -> dict[str, str]:
+    """`environment` with OpenBLAS loaded before MLX's own BLAS, where that helps."""
+    library = openblas()
+    loaded = environment.get("LD_PRELOAD", "")
+    if library is None or "openblas" in loaded:
+        return environment
+    return {**environment, "LD_PRELOAD": f"{library}:{loaded}".rstrip(":")}
+
+
+def preload_openblas() -> None:
+    """Start this very command again with OpenBLAS in place: a library can only be preloaded."""
+    environment = with_openblas(dict(os.environ))
+    if environment.get("LD_PRELOAD") != os.environ.get("LD_PRELOAD"):
+        os.execve(sys.executable, [sys.executable, "-m", "tqstack", *sys.argv[1:]], environment)

@@ -1,0 +1,52 @@
+"""`tqstack sidecar`: run the sidecar alone."""
+
+from __future__ import annotations
+
+import logging
+
+from tqstack.cli.common import console, fail, preload_openblas, settings
+from tqstack.settings import Settings
+
+KEEP_ALIVE_SECONDS = 120  # above the idle time of the router's pooled connections
+DRAIN_SECONDS = 5
+
+
+def sidecar() -> None:
+    """Serve SIDECAR_MODEL with the compressed cache."""
+    config = settings()
+    preload_openblas()
+    logging.basicConfig(
+        level=config.tqstack_log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
+    )
+    console.print(
+        f"tqstack sidecar: {config.model_name} at {config.sidecar_url}/v1", highlight=False
+    )
+    if error := serve(config):
+        fail(f"the sidecar cannot serve {config.model_name}: {error}")
+
+
+def serve(config: Settings) -> Exception | None:
+    """Run until a signal comes, or until the model turns out not to load: then its error."""
+    import uvicorn
+
+    from tqstack.sidecar.app import create_app
+
+    failure: list[Exception] = []
+
+    def give_up(error: Exception) -> None:
+        failure.append(error)
+        server.should_exit = True
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(config, on_failure=give_up),
+            host=config.sidecar_host,
+            port=config.sidecar_port,
+            access_log=False,
+            log_level="warning",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+        )
+    )
+    server.run()
+    return failure[0] if failure else None
