@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from router.scripted import Wire, whole
 from router.stack import Stack
+from tqstack.router.app import FORWARDED
 from tqstack.settings import SettingsError, load_settings
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
@@ -226,10 +227,8 @@ FIELDS = dict.fromkeys((*NAMES.split(), "prompt", "input", "stream_options"), JS
 REQUEST = st.fixed_dictionaries({}, optional={"messages": st.lists(MESSAGE) | JSON, **FIELDS})
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]), REQUEST | JSON
-)
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from([endpoint.path for endpoint in FORWARDED]), REQUEST | JSON)
 def test_no_request_is_answered_with_a_fault_of_the_router(stack, path, body):
     async def script(wire: Wire) -> None:
         await wire.answer(200, whole("fine"))

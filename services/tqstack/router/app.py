@@ -16,9 +16,11 @@ from tqstack.openai_api.schema import ChatRequest, EmbeddingRequest, TextRequest
 from tqstack.router import views
 from tqstack.router.backends import Backend
 from tqstack.router.client import Client
+from tqstack.router.dialects.messages import Messages
+from tqstack.router.dialects.responses import Responses
 from tqstack.router.estimate import Estimator
 from tqstack.router.exact import ExactCounter
-from tqstack.router.forward import Forward, Services
+from tqstack.router.forward import Endpoint, Forward, Services
 from tqstack.router.guard import Guard, cors_headers, preflight
 from tqstack.router.journal import Journal
 from tqstack.router.metrics import Metrics
@@ -28,9 +30,11 @@ from tqstack.settings import Settings
 
 # The paths that go to a backend, and what their bodies must look like.
 FORWARDED = [
-    ("/v1/chat/completions", ChatRequest),
-    ("/v1/completions", TextRequest),
-    ("/v1/embeddings", EmbeddingRequest),
+    Endpoint("/v1/chat/completions", ChatRequest),
+    Endpoint("/v1/completions", TextRequest),
+    Endpoint("/v1/embeddings", EmbeddingRequest, needs=frozenset({"embeddings"})),
+    Endpoint("/v1/responses", ChatRequest, Responses()),
+    Endpoint("/v1/messages", ChatRequest, Messages()),
 ]
 # The paths that the router answers by itself.
 VIEWS = [
@@ -84,7 +88,7 @@ def create_app(settings: Settings) -> RouterApp:
     async def lifespan(app: RouterApp) -> AsyncIterator[None]:
         upstream = Upstream(settings.router_connect_seconds)
         services = app.state.services = _services(settings, upstream)
-        app.forwards = {path: Forward(path, schema, services) for path, schema in FORWARDED}
+        app.forwards = {e.path: Forward(e, services) for e in FORWARDED}
         watches = [asyncio.create_task(b.watch()) for b in services.backends.values()]
         yield
         for watch in watches:

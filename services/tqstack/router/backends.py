@@ -22,6 +22,9 @@ KEEP_SECONDS = 30.0  # how long a good probe is believed
 PROBE_SECONDS = 2.0
 # Pauses between probes of a backend that is not up: soon at first.
 RETRY_SECONDS = (0.25, 0.5, 1.0, 2.0)
+_CHAT_ONLY = ("/v1/responses", "/v1/messages")  # the sidecar: translation is the router's work
+# What the sidecar cannot do, unless its `/health` lists it under `capabilities`.
+_SIDECAR_LACKS = frozenset({"embeddings", "images"})
 _LARGEST_PROBE = 8 << 20
 
 
@@ -58,7 +61,16 @@ class Backend:
         self._probe: asyncio.Task[None] | None = None
         self._doubt = asyncio.Event()
         self._last_byte = float("-inf")
+        # Paths that it answers with 404; asked again after it was away.
+        self._unspoken: set[str] = set(_CHAT_ONLY) if name == "sidecar" else set()
         self._views: dict[tuple[State, bool], View] = {}
+
+    def speaks(self, path: str) -> bool:
+        """Whether it takes this path itself, as far as is known."""
+        return path not in self._unspoken
+
+    def does_not_speak(self, path: str) -> None:
+        self._unspoken.add(path)
 
     @property
     def enabled(self) -> bool:
@@ -80,7 +92,10 @@ class Backend:
         facts = self.health.report.get("model")
         if isinstance(facts, dict) and isinstance(facts.get("context_length"), int):
             models[own] = facts["context_length"]
-        return View(self.name, state, models, own, busy)
+        lacks = frozenset()
+        if self.name == "sidecar":
+            lacks = _SIDECAR_LACKS - set(self.health.report.get("capabilities") or ())
+        return View(self.name, state, models, own, busy, lacks)
 
     @property
     def architecture(self) -> str | None:
@@ -210,7 +225,10 @@ class Backend:
         if health.state != self.health.state:
             log.info("%s is %s: %s", self.name, health.state, health.detail)
             if health.state == "up" and self.health.state in ("down", "loading"):
-                self.breaker.succeeded()  # a fresh process owes nothing for its predecessor
+                # A fresh process owes nothing for its predecessor, and may be a newer version.
+                self.breaker.succeeded()
+                if self.name == "ollama":
+                    self._unspoken.clear()
         self.health = health
         self._views.clear()
 

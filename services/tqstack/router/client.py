@@ -10,6 +10,7 @@ import orjson
 
 from tqstack.openai_api.errors import ApiError
 from tqstack.openai_api.sse import comment, event
+from tqstack.router.dialects import Dialect
 
 Headers = Iterable[tuple[bytes, bytes]]
 _EVENT_STREAM = (
@@ -62,9 +63,10 @@ class Client:
         gone: the client closed its connection.
     """
 
-    def __init__(self, receive: Any, send: Any):
+    def __init__(self, receive: Any, send: Any, dialect: Dialect | None = None):
         self._receive = receive
         self._send = send
+        self._dialect = dialect  # whose form errors have; OpenAI's without one
         self.started = self.answered = self.finished = self.gone = False
         self._pinger: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -97,10 +99,12 @@ class Client:
 
     async def fail(self, error: ApiError, headers: Headers = ()) -> None:
         """The error as the whole answer, or as the last event of a stream that has begun."""
+        dialect = self._dialect
         if self.started:
-            await self.finish(event(error.body))
+            await self.finish(dialect.error_event(error) if dialect else event(error.body))
         else:
-            await self.json(error.status, error.body, (*headers, *encode(error.headers)))
+            body = dialect.error_body(error) if dialect else error.body
+            await self.json(error.status, body, (*headers, *encode(error.headers)))
 
     async def json(self, status: int, value: Any, headers: Headers = ()) -> None:
         body = value if isinstance(value, bytes) else orjson.dumps(value)

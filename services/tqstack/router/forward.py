@@ -7,7 +7,9 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
+
+import orjson
 
 from tqstack.openai_api.errors import ApiError
 from tqstack.openai_api.schema import (
@@ -19,6 +21,7 @@ from tqstack.openai_api.schema import (
 )
 from tqstack.router.backends import Backend
 from tqstack.router.client import Client, ClientGone, read_body
+from tqstack.router.dialects import Dialect
 from tqstack.router.encoding import decode
 from tqstack.router.estimate import Estimator, Size, measure
 from tqstack.router.exact import NEAR, ExactCounter
@@ -37,6 +40,7 @@ log = logging.getLogger(__name__)
 # How far an estimate may be off before a prompt counts as too long for a backend; nearer than that,
 # the backend's own count decides.
 _SLACK = 0.25
+_CHAT = "/v1/chat/completions"
 _EXPENSIVE_SECONDS = 10.0  # a failure after so long is not worth the SDK's automatic retries
 
 
@@ -53,22 +57,32 @@ class Services:
     metrics: Metrics
 
 
-class Forward:
-    """An ASGI application that answers the requests for one path through a backend."""
+class Endpoint(NamedTuple):
+    """A path that goes to a backend.
 
-    def __init__(
-        self,
-        path: str,
-        schema: type[ChatRequest | TextRequest | EmbeddingRequest],
-        services: Services,
-    ):
-        self._path = path
-        self._schema = schema
+    Attributes:
+        schema: what its request must look like, in terms of chat if there is a dialect.
+        dialect: how to translate it for a backend that does not know the path.
+        needs: what a backend must be able to do, whatever the request holds.
+    """
+
+    path: str
+    schema: type[ChatRequest | TextRequest | EmbeddingRequest]
+    dialect: Dialect | None = None
+    needs: frozenset[str] = frozenset()
+
+
+class Forward:
+    """An ASGI application that answers the requests for one endpoint through a backend."""
+
+    def __init__(self, endpoint: Endpoint, services: Services):
+        self._endpoint = endpoint
         self._services = services
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        client = Client(receive, send)
-        record = self._services.journal.begin(self._path)
+        endpoint = self._endpoint
+        client = Client(receive, send, endpoint.dialect)
+        record = self._services.journal.begin(endpoint.path)
         task = asyncio.current_task()
         assert task
         watcher: asyncio.Task[None] | None = None
@@ -81,8 +95,9 @@ class Forward:
                 if name == b"content-encoding":
                     body = decode(body, value.decode("latin-1"), limit)
             request = parse_json(body)
-            validate(self._schema, request)
-            await Exchange(self._services, client, record, body, request).run()
+            chat = endpoint.dialect.to_chat(request) if endpoint.dialect else request
+            validate(endpoint.schema, chat)
+            await Exchange(self._services, client, record, endpoint, body, request, chat).run()
         except ApiError as error:
             record.outcome, record.status, record.error = "refused", error.status, error.message
             await client.fail(error, record.headers())
@@ -111,15 +126,19 @@ class Exchange:
         services: Services,
         client: Client,
         record: Record,
+        endpoint: Endpoint,
         body: bytes,
         request: dict[str, Any],
+        chat: dict[str, Any],
     ):
         self._services = services
         self._client = client
         self._record = record
+        self._endpoint = endpoint
         self._body = body
         self._request = request
-        self._size: Size = measure(request)
+        self._chat = chat  # the same, in terms of chat
+        self._size: Size = measure(chat)
         self._relay: Relay | None = None
         record.model, record.stream = request.get("model") or "", bool(request.get("stream"))
 
@@ -148,7 +167,7 @@ class Exchange:
         threshold = threshold_for(services.settings.prompt_token_threshold, sidecar.architecture)
         ask = self._ask()
         if sidecar.enabled and abs(ask.tokens["sidecar"] / threshold - 1) < NEAR:
-            tokens = await services.counter.count(self._request)
+            tokens = await services.counter.count(self._chat)
             if tokens is not None:
                 ask = replace(ask, tokens={**ask.tokens, "sidecar": tokens})
         record.estimate = ask.tokens["sidecar"]
@@ -169,8 +188,8 @@ class Exchange:
         for backend in services.backends.values():
             model = backend.view().name_for(name)
             tokens[backend.name] = services.estimator.tokens(model, self._size)
-        needs = needs_of(self._request, self._size.images)
-        background = is_background(self._request)
+        needs = needs_of(self._chat, self._size.images) | self._endpoint.needs
+        background = is_background(self._chat)
         return Ask(self._record.model, tokens, _SLACK, needs, background)
 
     def _progress(self) -> str:
@@ -182,13 +201,23 @@ class Exchange:
         services, record, client = self._services, self._record, self._client
         backend = services.backends[step.backend]
         record.decision, record.estimate = step, step.tokens
+        path, dialect = self._endpoint.path, self._endpoint.dialect
+        native = dialect is None or backend.speaks(path)
+        if native:
+            body = with_model(self._body, self._request, step.model)
+        else:
+            body, path = orjson.dumps({**self._chat, "model": step.model}), _CHAT
         relay = Relay(step.backend, services.settings, services.upstream, client, record)
+        if dialect and not native:
+            relay.translate(dialect, self._request)
         self._relay = relay
         backend.begin()
         try:
-            body = with_model(self._body, self._request, step.model)
-            await relay.run(backend.url + record.path, body)
+            await relay.run(backend.url + path, body)
         except Failure as failure:
+            if dialect and native and failure.kind in ("status-404", "status-405", "status-501"):
+                backend.does_not_speak(path)
+                return step
             log.warning("request %d: %s failed it: %s", record.id, step.backend, failure)
             backend.failed(failure)
             if step.next and failure.elsewhere and not client.answered:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import orjson
 
 from tqstack.router import failure as failures
 from tqstack.router.client import Client, encode
+from tqstack.router.dialects import Dialect
 from tqstack.router.failure import Failure
 from tqstack.router.journal import Record
 from tqstack.router.upstream import Answer, Upstream, UpstreamError
@@ -48,6 +49,12 @@ class Relay:
         self._upstream = upstream
         self._client = client
         self._record = record
+        self._dialect: Dialect | None = None
+        self._request: dict[str, Any] = {}
+
+    def translate(self, dialect: Dialect, request: dict[str, Any]) -> None:
+        """Have the answer put into the API that the request was made in."""
+        self._dialect, self._request = dialect, request
 
     async def run(self, url: str, body: bytes) -> None:
         """Answers the client.
@@ -114,6 +121,9 @@ class Relay:
         await client.start_stream((*_kept(answer), *self._record.headers()))
         self._record.status = 200
         self._record.mark_first_token()
+        translated = self._dialect.stream(self._request) if self._dialect else None
+        if translated:
+            ready = translated.feed(ready)
         while not watch.done and watch.error is None:
             if ready:
                 await client.send(ready)
@@ -122,6 +132,8 @@ class Relay:
             if not chunk:
                 break
             ready = watch.feed(chunk)
+            if translated:
+                ready = translated.feed(ready)
         if not watch.whole:
             if ready:
                 await client.send(ready)
@@ -129,7 +141,7 @@ class Relay:
             message = f"{self._name} ended its stream without a finish reason"
             raise failures.broken("unfinished", message)
         self._take_usage(watch.usage, watch.events)
-        await client.finish(ready)
+        await client.finish(ready + translated.end() if translated else ready)
         await _drain(answer)
 
     def _check_error(self) -> None:
@@ -155,6 +167,8 @@ class Relay:
         if value.get("error"):
             raise failures.from_error_event(self._name, value["error"])
         self._take_usage(value.get("usage"), None)
+        if self._dialect:
+            return orjson.dumps(self._dialect.from_chat(value, self._request))
         return bytes(body)
 
     async def _body(self, answer: Answer, first: bytes) -> None:
@@ -181,7 +195,8 @@ class Relay:
 
     def _take_usage(self, usage: object, events: int | None) -> None:
         usage = usage if isinstance(usage, dict) else {}
-        prompt, output = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
+        output = usage.get("completion_tokens", usage.get("output_tokens"))
         self._record.prompt_tokens = prompt if isinstance(prompt, int) else None
         self._record.output_tokens = output if isinstance(output, int) else events
 

@@ -11,6 +11,8 @@ from tqstack.openai_api.sse import EventParser
 # An event that is larger passes on in pieces, as it comes; smaller ones pass whole or not at all,
 # so that a client never sees half an event before an error event.
 _LARGEST_HELD = 1 << 20
+# The last events of the Responses and the Messages API, which send no `[DONE]`.
+_LAST = ("response.completed", "response.incomplete", "message_stop")
 
 
 class StreamWatch:
@@ -90,10 +92,25 @@ class StreamWatch:
         if value.get("error"):
             self.error = value["error"]
         if isinstance(value.get("usage"), dict):
-            self.usage = value["usage"]
+            self.usage = {**(self.usage or {}), **value["usage"]}
         for choice in value.get("choices") or ():
             if isinstance(choice, dict) and choice.get("finish_reason"):
                 self.finished = True
+        if isinstance(value.get("type"), str):
+            self._look_at_typed(value["type"], value)
+
+    def _look_at_typed(self, kind: str, value: dict[str, Any]) -> None:
+        """Events of the Responses and the Messages API, from a backend that speaks them itself."""
+        inner = value.get("response") or value.get("message")
+        if isinstance(inner, dict):
+            if isinstance(inner.get("usage"), dict):
+                self.usage = {**(self.usage or {}), **inner["usage"]}
+            if inner.get("error"):
+                self.error = inner["error"]
+        if kind == "error" and self.error is None:
+            self.error = value
+        if kind in _LAST:
+            self.finished = self.done = True
 
 
 def _before(events: bytes, mark: bytes) -> bytes:
