@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from processes import clean_environment, free_port
+
+
+def doctor(home, **settings):
+    return subprocess.run(
+        [sys.executable, "-m", "tqstack", "doctor", "--json"],
+        env=clean_environment(home, **settings),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_it_tells_what_would_be_served_and_whether_it_fits(tmp_path):
+    nobody = f"http://127.0.0.1:{free_port()}"
+    result = doctor(tmp_path, SIDECAR_MODEL="demo", OLLAMA_BASE_URL=nobody)
+    findings = {finding["what"]: finding for finding in json.loads(result.stdout)}
+    assert result.returncode == 0
+    assert "layers [3, 7] proven compressed" in findings["model"]["detail"]
+    assert "32,768 of 32,768 tokens fit" in findings["memory"]["detail"]
+    assert findings["ollama"]["state"] == "note" and "ollama serve" in findings["ollama"]["advice"]
+
+
+def test_a_wrong_setting_is_a_finding_and_an_exit_code(tmp_path):
+    result = doctor(tmp_path, TQ_KV_BITS="nine")
+    assert result.returncode == 1
+    assert "TQ_KV_BITS='nine'" in json.loads(result.stdout)[-1]["detail"]

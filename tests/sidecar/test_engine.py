@@ -1,0 +1,116 @@
+"""The engine by itself: many jobs, none lost, whatever happens to one of them."""
+
+from __future__ import annotations
+
+import queue
+from dataclasses import replace
+
+import pytest
+from mlx_lm.sample_utils import greedy_sampler
+
+from tqstack.settings import Settings
+from tqstack.sidecar.engine import Engine, Failed, Job, Token
+from tqstack.sidecar.runtime import load_runtime
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    return load_runtime(Settings(sidecar_model="demo"))
+
+
+@pytest.fixture
+def engine(runtime):
+    engine = Engine(lambda: runtime)
+    engine.start()
+    yield engine
+    engine.close()
+
+
+def submit(engine, tokens, max_tokens=8):
+    events = queue.SimpleQueue()
+    job = Job([list(tokens)], max_tokens, greedy_sampler, [], events.put)
+    engine.submit(job)
+    return job, events
+
+
+def answer(events):
+    tokens = []
+    while True:
+        event = events.get(timeout=60)
+        if isinstance(event, Failed):
+            return event.error
+        if isinstance(event, Token):
+            tokens.append(event.id)
+            if event.finish_reason:
+                return tokens
+
+
+def test_the_plan_is_what_the_cache_holds(runtime):
+    per_vector = 130  # 256 values of 4 bits, and a norm
+    assert runtime.plan.per_token == 2 * 2 * 2 * per_vector
+    assert runtime.plan.per_token_fp16 == 2 * 2 * 2 * 512
+    assert runtime.plan.recurrent > 6 * 8 * 64 * 64 * 4  # six float32 states, and convolutions
+
+
+def test_a_job_that_cannot_fit_in_memory_is_refused_before_its_prefill(runtime):
+    small = replace(runtime.plan, budget=runtime.plan.weights + runtime.plan.workspace + 2_000_000)
+    engine = Engine(lambda: replace(runtime, plan=small))
+    engine.start()
+    try:
+        _, events = submit(engine, range(5000))
+        error = answer(events)
+        assert (error.status, error.code) == (503, "insufficient_memory")
+        _, events = submit(engine, range(10), max_tokens=3)
+        assert len(answer(events)) == 3
+    finally:
+        engine.close()
+
+
+def test_a_cancelled_job_makes_room_and_disturbs_no_other(engine):
+    expected = answer(submit(engine, range(40, 60))[1])
+    long, _ = submit(engine, range(100, 130), max_tokens=5000)
+    _, events = submit(engine, range(40, 60))
+    assert answer(events) == expected
+    engine.cancel(long)
+    engine.cancel(long)
+    _, events = submit(engine, range(40, 60))
+    assert answer(events) == expected
+    assert engine.status()["requests"]["running"] == 0
+
+
+def test_a_step_that_fails_is_told_to_its_jobs_and_the_engine_goes_on(engine, monkeypatch):
+    expected = answer(submit(engine, range(40, 60))[1])
+
+    def broken():
+        raise RuntimeError("out of luck")
+
+    _, events = submit(engine, range(5), max_tokens=5000)
+    assert isinstance(events.get(timeout=60), object)
+    monkeypatch.setattr(engine._generator, "next", broken)
+    error = answer(events)
+    assert error.status == 500 and "out of luck" in error.message
+    assert error.headers["x-should-retry"] == "false"
+    assert answer(submit(engine, range(40, 60))[1]) == expected
+
+
+def test_closing_tells_those_who_wait(runtime):
+    engine = Engine(lambda: runtime)
+    engine.start()
+    _, events = submit(engine, range(5), max_tokens=30_000)
+    events.get(timeout=60)
+    engine.close()
+    assert "shutting down" in answer(events).message
+
+
+def test_a_model_that_cannot_be_loaded_is_reported_and_jobs_are_refused():
+    failures = queue.SimpleQueue()
+
+    def load():
+        raise ValueError("no such model")
+
+    engine = Engine(load, failures.put)
+    engine.start()
+    assert "no such model" in str(failures.get(timeout=10))
+    _, events = submit(engine, [1])
+    assert answer(events).status == 503
+    engine.close()

@@ -1,0 +1,118 @@
+"""From tokens to parts, with mlx-lm's own markers and parsers of two model families."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.tool_parsers import json_tools, qwen3_coder
+from transformers import AutoTokenizer
+
+from tqstack import demo_model
+from tqstack.sidecar.text import AnswerReader, Content, Reasoning, StopStrings, ToolCall
+
+WEATHER = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {"type": "object", "properties": {"days": {"type": "integer"}}},
+        },
+    }
+]
+JSON_CALL = '<tool_call>\n{"name": "weather", "arguments": {"days": 3}}\n</tool_call>'
+XML_CALL = (
+    "<tool_call>\n<function=weather>\n<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>"
+)
+
+
+def tokenizer_of(parser):
+    tokenizer = AutoTokenizer.from_pretrained(demo_model.PATH)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return TokenizerWrapper(
+        tokenizer,
+        BPEStreamingDetokenizer,
+        tool_call_start=parser.tool_call_start,
+        tool_call_end=parser.tool_call_end,
+        tool_parser=parser.parse_tool_call,
+    )
+
+
+JSON_TOOLS, XML_TOOLS = tokenizer_of(json_tools), tokenizer_of(qwen3_coder)
+
+
+def read(text, tokenizer=JSON_TOOLS, tools=WEATHER, **options):
+    """All parts of an answer, neighbours of one kind joined."""
+    reader = AnswerReader(tokenizer, tools=tools, **options)
+    parts = []
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        parts += reader.feed(token)
+    joined = []
+    for part in parts + reader.finish():
+        if joined and type(joined[-1]) is type(part) and not isinstance(part, ToolCall):
+            joined[-1].text += part.text
+        else:
+            joined.append(part)
+    return joined
+
+
+# mlx-lm's byte-level detokenizer garbles control characters; that is not ours to test.
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cc", "Cs"], include_characters="\n\t")))
+def test_plain_text_comes_back_unchanged(text):
+    assert "".join(part.text for part in read(text, plain=True)) == text
+
+
+@pytest.mark.parametrize("tokenizer, call", [(JSON_TOOLS, JSON_CALL), (XML_TOOLS, XML_CALL)])
+def test_tool_calls_are_parsed_by_the_models_own_parser(tokenizer, call):
+    parts = read(f"Let me look.\n{call}\n{call}", tokenizer)
+    calls = [part for part in parts if isinstance(part, ToolCall)]
+    assert parts[0] == Content("Let me look.\n")
+    assert [(c.name, json.loads(c.arguments)) for c in calls] == [("weather", {"days": 3})] * 2
+    assert len({c.id for c in calls}) == 2
+
+
+def test_reasoning_is_told_apart_from_content():
+    assert read("<think>hm, well</think>Yes.") == [Reasoning("hm, well"), Content("Yes.")]
+    assert read("hm</think>Yes.", reasoning=True) == [Reasoning("hm"), Content("Yes.")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>\n{not json}\n</tool_call>",  # does not parse
+        '<tool_call>\n{"arguments": {}}\n</tool_call>',  # has no name
+        '<tool_call>\n{"name": "weath',  # cut short
+        "a < b and <tool",  # looks like the beginning of a marker
+    ],
+)
+def test_what_is_no_call_is_returned_as_content_and_never_dropped(text):
+    assert read(text) == [Content(text)]
+
+
+def test_without_tools_a_call_is_text():
+    assert read(JSON_CALL, tools=None) == [Content(JSON_CALL)]
+
+
+def test_a_stop_string_ends_the_content_but_does_not_count_in_reasoning():
+    parts = read("<think>one STOP two</think>three STOP four", stops=["STOP"])
+    assert parts == [Reasoning("one STOP two"), Content("three ")]
+
+
+@given(st.lists(st.text(alphabet="abc", max_size=4)), st.lists(st.text(alphabet="abc", max_size=3)))
+def test_stop_strings_cut_at_the_first_match_whatever_the_pieces(pieces, stops):
+    stopper, shown = StopStrings(stops), ""
+    for piece in pieces:
+        shown += stopper.feed(piece)
+        assert not any(stop and stop in shown for stop in stops)
+    shown += stopper.flush()
+    text = "".join(pieces)
+    found = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
+    if not found:
+        assert shown == text
+    else:
+        # Pieces decide which of two overlapping stops completes first; none is ever shown.
+        assert stopper.hit and text.startswith(shown) and len(shown) >= min(found)
