@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tqstack import demo_model
-from tqstack.bench.needle import Needle, hide
+from tqstack.bench.needle import Haystack, Needle
 from tqstack.cli.common import fail, with_openblas
 from tqstack.settings import Settings, load_settings
 
@@ -72,12 +72,14 @@ def tour(settings: Settings, stand_in: subprocess.Popen | None) -> None:
     table = Table("question", "answer", "expected", "answered by", "why", "first token", "decode")
     long = None
     for kind, length in (("short", 60), (f"{LONG_TOKENS:,} tokens", LONG_TOKENS)):
-        needle = hide(tokenizer, tokens, length, seed=length, facts=1 if length < 100 else 4)
+        facts = 1 if length < 100 else 4
+        needle = Haystack.make(tokenizer, tokens, length, length, facts).needles[0]
         long = ask(settings, needle, kind, table)
     if stand_in is not None:
         stand_in.kill()
         stand_in.wait()
-        ask(settings, hide(tokenizer, tokens, 60, 7, 1), "short, other backend killed", table)
+        needle = Haystack.make(tokenizer, tokens, 60, 7, 1).needles[0]
+        ask(settings, needle, "short, other backend killed", table)
     console.print(table)
     if long:
         held, plain = long["cache_bytes"], long["cache_bytes_fp16"]
@@ -117,7 +119,7 @@ def ask(settings: Settings, needle: Needle, kind: str, table: Table) -> dict | N
 
 
 class Plain:
-    """A bare tokenizer with the two methods that `hide` needs."""
+    """A bare tokenizer with the two methods that a haystack needs."""
 
     def __init__(self, tokenizer) -> None:
         self._tokenizer = tokenizer

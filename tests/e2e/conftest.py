@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tqstack import demo_model
-from tqstack.bench.needle import Needle, hide
+from tqstack.bench.needle import Haystack, Needle
 from whole_stack import Stack, other_backend, whole_stack
 
 
@@ -39,6 +39,8 @@ def needle_of() -> Callable[[int, int], Needle]:
         def decode(self, tokens):
             return tokenizer.decode(tokens)
 
-    return lambda length, seed=0: hide(
-        Plain(), tokens, length, seed, facts=1 if length < 100 else 4
-    )
+    def needle(length, seed=0):
+        facts = 1 if length < 100 else 4
+        return Haystack.make(Plain(), tokens, length, seed, facts).needles[-1]
+
+    return needle

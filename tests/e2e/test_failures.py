@@ -18,7 +18,7 @@ def mortal(tmp_path):
     """A stack of one test's own, which may be hurt, with both backends."""
     with (
         other_backend(tmp_path) as other,
-        whole_stack(tmp_path, other, PROMPT_TOKEN_THRESHOLD="500") as stack,
+        whole_stack(tmp_path, other, PROMPT_TOKEN_THRESHOLD="120") as stack,
     ):
         yield stack
 
@@ -30,7 +30,7 @@ def ask(stack, needle, **options):
 
 
 def test_a_killed_sidecar_is_replaced_at_once_and_comes_back(mortal, needle_of):
-    needle, sidecar = needle_of(600), mortal.process_of("sidecar")
+    needle, sidecar = needle_of(200), mortal.process_of("sidecar")
     assert ask(mortal, needle).headers["x-tqstack-backend"] == "sidecar"
     sidecar.send_signal(signal.SIGKILL)
     raw = ask(mortal, needle)

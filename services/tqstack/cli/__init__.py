@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from tqstack.cli.bench import app as bench
 from tqstack.cli.doctor import doctor
 from tqstack.cli.router import router
 from tqstack.cli.sidecar import sidecar
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 for command in (up, router, sidecar, doctor):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ from tqstack.settings import Settings, SettingsError, accelerator, load_settings
 # sysexits.h EX_CONFIG: starting again will not help, so supervisors do not.
 EXIT_CONFIG = 78
 
-console = Console()
+# Redirected output has no width of its own: wide enough that no table is cut.
+console = Console(width=None if sys.stdout.isatty() else 140)
 errors = Console(stderr=True)
 
 

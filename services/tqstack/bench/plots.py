@@ -1,0 +1,60 @@
+"""Pictures of measurements. matplotlib is an extra: `pip install tqstack[plot]`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+
+def _figure(width: float = 8, height: float = 4.5, panels: int = 1):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, panels, figsize=(width, height), constrained_layout=True)
+    for axis in [axes] if panels == 1 else axes:
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+def speed(rows: list[Any], path: Path) -> None:
+    """Decode speed and bytes of keys and values over the context, a line per backend."""
+    figure, (left, right) = _figure(10, panels=2)
+    for backend in dict.fromkeys(row.backend for row in rows):
+        line = [row for row in rows if row.backend == backend]
+        lengths = [row.context + row.prompt_tokens for row in line]
+        left.plot(lengths, [row.decode_tps for row in line], "o-", label=backend)
+        right.plot(lengths, [row.kv_bytes / 1e6 for row in line], "o-", label=backend)
+    left.set(xlabel="tokens of context", ylabel="decode, tokens per second", ylim=(0, None))
+    right.set(xlabel="tokens of context", ylabel="keys and values, MB")
+    right.set_yscale("log")
+    left.legend()
+    figure.savefig(path, dpi=150)
+
+
+def quality(rows: list[dict[str, Any]], path: Path) -> None:
+    """KL divergence over bits per value, a point per codec, a line per family."""
+    figure, axis = _figure()
+    for family in dict.fromkeys(_family(row["codec"]) for row in rows):
+        line = sorted(
+            (row["bits_per_value"], max(row["kl_divergence"], 1e-7), row["codec"])
+            for row in rows
+            if _family(row["codec"]) == family
+        )
+        axis.plot([x for x, _, _ in line], [y for _, y, _ in line], "o-", label=family)
+        for x, y, name in line:
+            axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axis.set(xlabel="bits per value, really stored", ylabel="KL divergence, nats per token")
+    axis.set_yscale("log")
+    axis.legend()
+    figure.savefig(path, dpi=150)
+
+
+def _family(codec: str) -> str:
+    if codec.startswith("affine"):
+        return "mlx affine" if codec.endswith("none") else "affine, rotated"
+    names = {"tq": "TurboQuant", "tcq": "trellis", "prod": "TurboQuant with QJL"}
+    letters = re.match("[a-z]*", codec)
+    return names.get(letters.group() if letters else "", codec)

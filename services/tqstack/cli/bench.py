@@ -1,0 +1,195 @@
+"""`tqstack bench ...`: every figure of the README comes from one of these commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.progress import track
+from rich.table import Table
+
+from tqstack.cli.common import console, fail, preload_openblas
+
+app = typer.Typer(help="Measure speed, quality and the router.", no_args_is_help=True)
+
+Output = Annotated[Path | None, typer.Option(help="Write the rows as JSON to this file.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw the rows into this PNG file.")]
+Backend = Literal["baseline", "mlx_quant", "turboquant", "all"]
+
+
+def numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.replace("_", "").split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1024,8192") from None
+
+
+@app.command()
+def speed(
+    model: Annotated[str, typer.Argument(help="demo, a folder or a hub name")] = "demo",
+    shape: Annotated[str, typer.Option(help="random weights of this geometry instead")] = "",
+    layers: Annotated[int, typer.Option(help="of the shape; 0: all")] = 0,
+    backend: Annotated[Backend, typer.Option(help="which caches to compare")] = "all",
+    codec: Annotated[str, typer.Option(help="of turboquant: a spec, or keys/values")] = "tq4",
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 1000,
+    generation_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    context: Annotated[str, typer.Option(help="tokens in the cache before the prompt")] = "0",
+    prefill_step: Annotated[int, typer.Option(min=1)] = 2048,
+    trials: Annotated[int, typer.Option(min=1)] = 3,
+    output: Output = None,
+    plot: Plot = None,
+) -> None:
+    """Prefill and decode speed, cache bytes and peak memory, backends interleaved."""
+    preload_openblas()
+    import mlx.core as mx
+    import numpy as np
+
+    from tqstack import demo_model
+    from tqstack.bench import plots, shapes
+    from tqstack.bench.speed import Row, Workload, as_json, backends, measure
+    from tqstack.sidecar.model import ModelNotFoundError, load_model
+
+    if shape and shape not in shapes.SHAPES:
+        fail(f"--shape {shape}: allowed: {', '.join(shapes.SHAPES)}", 2)
+    try:
+        network = shapes.build(shape, layers or None) if shape else load_model(model).model
+    except ModelNotFoundError as error:
+        fail(str(error), 2)
+    keys, _, values = codec.partition("/")
+    caches = backends(network, backend, keys, values or None)
+    works = [Workload(c, prompt_tokens, generation_tokens, prefill_step) for c in numbers(context)]
+    tokens = demo_model.held_out_tokens().astype(np.int32)
+    steps = measure(network, caches, works, tokens, trials)
+    total = len(works) * trials * len(caches)
+    rows = [
+        row
+        for row in track(steps, "measuring", total=total + len(works) * len(caches))
+        if isinstance(row, Row)
+    ]
+    about = {
+        "model": shape or model,
+        "device": mx.device_info().get("device_name", str(mx.default_device())),
+        "codec": codec,
+        "trials": trials,
+    }
+    _print_speed(rows)
+    _write(output, as_json(rows, about))
+    if plot:
+        plots.speed(rows, plot)
+
+
+def _print_speed(rows: list[Any]) -> None:
+    table = Table(
+        "backend",
+        "context",
+        "prefill tok/s",
+        "decode tok/s",
+        "×",
+        "KV",
+        "recurrent",
+        "peak",
+        "workspace",
+    )
+    first = {row.context: row.decode_tps for row in reversed(rows)}
+    for row in rows:
+        table.add_row(
+            row.backend,
+            f"{row.context + row.prompt_tokens:,}",
+            f"{row.prefill_tps:,.0f}",
+            f"{row.decode_tps:,.1f}",
+            f"{row.decode_tps / first[row.context]:.2f}",
+            *(
+                f"{n / 1e6:,.1f} MB"
+                for n in (row.kv_bytes, row.recurrent_bytes, row.peak_bytes, row.workspace_bytes)
+            ),
+        )
+    console.print(table)
+
+
+def _write(output: Path | None, value: dict[str, Any]) -> None:
+    if output:
+        output.write_text(json.dumps(value, indent=2) + "\n")
+        console.print(f"written: {output}")
+
+
+@app.command()
+def quality(
+    model: Annotated[str, typer.Argument(help="demo, a folder or a hub name")] = "demo",
+    codecs: Annotated[str, typer.Option(help="specs or keys/values pairs, by commas")] = "",
+    tokens: Annotated[Path | None, typer.Option(help="text as token ids, a .npy file")] = None,
+    text: Annotated[Path | None, typer.Option(help="text, a UTF-8 file")] = None,
+    windows: Annotated[int, typer.Option(min=1)] = 6,
+    window_tokens: Annotated[int, typer.Option(min=2)] = 2000,
+    needle_lengths: Annotated[str, typer.Option(help="0: no needles")] = "1000,4000",
+    questions: Annotated[int, typer.Option(min=1, max=26, help="needles per length")] = 8,
+    seed: int = 0,
+    output: Output = None,
+    plot: Plot = None,
+) -> None:
+    """Perplexity, KL divergence, top-1 agreement and needle recall of any list of codecs."""
+    preload_openblas()
+    from tqstack.bench import plots
+    from tqstack.bench.quality import CODECS, Plan, as_json, measure
+    from tqstack.sidecar.model import ModelNotFoundError, load_model
+
+    try:
+        loaded = load_model(model)
+        names = codecs.replace(",", " ").split() or CODECS.split()
+        lengths = tuple(n for n in numbers(needle_lengths) if n)
+        plan = Plan(windows, window_tokens, lengths, questions, seed)
+        corpus = _corpus(loaded.tokenizer, tokens, text)
+        rows: list[dict[str, Any]] = []
+        steps = measure(loaded.model, loaded.tokenizer, corpus, names, plan)
+        for step in track(steps, "measuring", total=plan.steps(len(names)) + 1):
+            rows = step or rows
+    except (ModelNotFoundError, ValueError, OSError) as error:
+        fail(str(error), 2)
+    table = Table(
+        "codec", "bits/value", "perplexity", "change", "KL divergence", "top-1", "needles"
+    )
+    for row in rows:
+        table.add_row(
+            row["codec"],
+            f"{row['bits_per_value']:.3f}",
+            f"{row['perplexity']:.4f}",
+            f"{row['perplexity_change']:+.2%}",
+            f"{row['kl_divergence']:.5f}",
+            f"{row['top1']:.3f}",
+            ", ".join(f"{n:,}: {hits}" for n, hits in row["needle_by_length"].items()),
+        )
+    console.print(table)
+    _write(output, as_json(rows, plan, {"model": model}))
+    if plot:
+        plots.quality(rows[1:], plot)
+
+
+def _corpus(tokenizer: Any, tokens: Path | None, text: Path | None) -> Any:
+    """Token ids to measure on: the user's, or the embedded model's held-out text.
+
+    Raises:
+        ValueError: both are given, or the file holds no token ids of this model.
+    """
+    import numpy as np
+
+    from tqstack import demo_model
+
+    if tokens and text:
+        raise ValueError("--tokens and --text exclude each other")
+    if tokens:
+        ids = np.load(tokens).reshape(-1)
+        if not np.issubdtype(ids.dtype, np.integer) or not 0 <= ids.min() <= ids.max() < len(
+            tokenizer
+        ):
+            raise ValueError(f"{tokens}: ids must be whole numbers from 0 to {len(tokenizer) - 1}")
+        return ids
+    if text:
+        return np.array(tokenizer.encode(text.read_text()))
+    held_out = demo_model.held_out_tokens()
+    if len(tokenizer) == 8192:
+        return held_out
+    from tokenizers import Tokenizer
+
+    own = Tokenizer.from_file(str(demo_model.PATH / "tokenizer.json"))
+    return np.array(tokenizer.encode(own.decode(held_out.tolist())))
