@@ -17,6 +17,7 @@ from tqstack.turboquant import make_codec, native_arguments, parse_kv_bits
         ({"bits": "4", "rotation": "0", "normalization": "0"}, ("tq4-none-raw", "tq4-none-raw")),
         ({"bits": "k8v4", "version": "affine"}, ("affine8-g64", "affine4-g64")),
         ({"bits": "4", "version": "affine", "group_size": 32}, ("affine4-g32", "affine4-g32")),
+        ({"bits": "k4v3", "code": "trellis"}, ("tcq4-l8", "tcq3-l8")),
         ({"bits": "4", "version": "none"}, ("none", "none")),
     ],
 )
@@ -35,6 +36,7 @@ def test_widths_out_of_range_are_refused(bits):
     ("name", "argument"),
     [
         ("TQ_CACHE_VERSION", {"version": "fp8"}),
+        ("TQ_KV_CODE", {"code": "huffman"}),
         ("TQ_USE_ROTATION", {"rotation": "yes"}),
         ("TQ_USE_NORMALIZATION", {"normalization": "2"}),
     ],
@@ -48,6 +50,18 @@ def test_unknown_choices_are_refused_by_name(name, argument):
 def test_affine_takes_the_widths_of_mlx(bits):
     with pytest.raises(ValueError, match=r"TQ_KV_BITS is .*2, 3, 4, 5, 6 or 8"):
         parse_kv_bits(bits, "affine")
+
+
+@pytest.mark.parametrize("bits", ["3.5", "k8v4"])
+def test_the_trellis_takes_its_widths(bits):
+    with pytest.raises(ValueError, match=r"TQ_KV_BITS is .*takes 1, 2, 3 or 4"):
+        parse_kv_bits(bits, code="trellis")
+
+
+@pytest.mark.parametrize("option", [{"group_size": 64}, {"rotation": "qr"}, {"normalization": "0"}])
+def test_the_trellis_has_no_options(option):
+    with pytest.raises(ValueError, match="TQ_KV_CODE=trellis has one scale"):
+        parse_kv_bits("4", code="trellis", **option)
 
 
 def test_the_native_cache_has_one_width_and_no_codec():

@@ -6,7 +6,9 @@ import re
 
 VERSIONS = ("turboquant", "affine", "native", "none")
 ROTATIONS = {"1": "", "qr": "-qr", "0": "-none"}
+CODES = ("lloyd", "trellis")
 AFFINE_GROUP = 64
+TRELLIS_WINDOW = 8
 
 _WIDTH = r"\d+(?:\.\d+)?"
 _PAIR = re.compile(rf"k({_WIDTH})v({_WIDTH})|({_WIDTH})", re.IGNORECASE)
@@ -19,6 +21,7 @@ def parse_kv_bits(
     group_size: int | None = None,
     rotation: str = "1",
     normalization: str = "1",
+    code: str = "lloyd",
 ) -> tuple[str, str]:
     """TQ_KV_BITS and its companions -> (key spec, value spec) for `make_codec`.
 
@@ -29,12 +32,15 @@ def parse_kv_bits(
         the whole vector (turboquant) or 64 (affine).
     rotation: "1" Hadamard, "qr" dense, "0" none.
     normalization: "1" scales are norm-corrected, "0" they are not (the paper's plain form).
+    code: "lloyd", the paper's scalar code, or "trellis", which is nearer to the original at the
+        same size and slower to encode: 1 to 4 whole bits, none of the options above.
 
     ValueError names the setting, its value and what is allowed.
     """
     _one_of("TQ_CACHE_VERSION", version, VERSIONS)
     _one_of("TQ_USE_ROTATION", rotation, ROTATIONS)
     _one_of("TQ_USE_NORMALIZATION", normalization, ("0", "1"))
+    _one_of("TQ_KV_CODE", code, CODES)
     if version == "none":
         return "none", "none"
     if version == "native":
@@ -45,6 +51,14 @@ def parse_kv_bits(
             f"affine{_whole(width)}-g{group_size or AFFINE_GROUP}{ROTATIONS[rotation]}"
             for width in widths
         )
+        return key, value
+    if code == "trellis":
+        if group_size or rotation != "1" or normalization != "1":
+            raise ValueError(
+                "TQ_KV_CODE=trellis has one scale per vector and a Hadamard rotation; leave "
+                "TQ_KV_GROUP_SIZE, TQ_USE_ROTATION and TQ_USE_NORMALIZATION alone"
+            )
+        key, value = (f"tcq{_trellis_width(width)}-l{TRELLIS_WINDOW}" for width in widths)
         return key, value
     group = f"-g{group_size}" if group_size else ""
     raw = "" if normalization == "1" else "-raw"
@@ -75,6 +89,12 @@ def _whole(width: str) -> int:
     if width not in ("2", "3", "4", "5", "6", "8"):
         raise ValueError(f"TQ_KV_BITS is {width}; mx.quantize takes 2, 3, 4, 5, 6 or 8 bits")
     return int(width)
+
+
+def _trellis_width(width: str) -> str:
+    if width not in ("1", "2", "3", "4"):
+        raise ValueError(f"TQ_KV_BITS is {width}; TQ_KV_CODE=trellis takes 1, 2, 3 or 4 bits")
+    return width
 
 
 def _one_of(name: str, value: str, allowed) -> None:

@@ -48,7 +48,7 @@ class LloydCodec:
         self.spec = f"tq{bits:g}" + _suffix(self.group < dim, f"-g{self.group}")
         self.spec += _suffix(rotation != "hadamard", f"-{rotation}")
         self.spec += _suffix(not corrected, "-raw") + _suffix(seed != 0, f"-s{seed}")
-        self._rotation = make_rotation(rotation, dim, seed)
+        self.rotation = make_rotation(rotation, dim, seed)
         self.codes = tuple(
             ScalarCode(width, part, self.group) for width, part in split_width(dim, bits) if part
         )
@@ -62,10 +62,10 @@ class LloydCodec:
         return *(code.plane for code in self.codes), scales
 
     def rotate(self, x: mx.array) -> mx.array:
-        return self._rotation.forward(x.astype(mx.float32))
+        return self.rotation.forward(x.astype(mx.float32))
 
     def unrotate(self, x: mx.array) -> mx.array:
-        return self._rotation.inverse(x.astype(mx.float32))
+        return self.rotation.inverse(x.astype(mx.float32))
 
     def encode(self, x: mx.array) -> tuple[mx.array, ...]:
         y, magnitude = scaling.bounded(x)
