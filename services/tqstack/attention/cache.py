@@ -122,9 +122,7 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
         """mlx-lm's mask for N new tokens; "causal" is never spelled out as an array by itself."""
         if return_array or window_size is not None:
             padding = None if self.padding is None else mx.array(self.padding)
-            return create_causal_mask(
-                N, self.length, window_size=window_size, left_padding=padding
-            )
+            return create_causal_mask(N, self.length, window_size=window_size, left_padding=padding)
         return None if N == 1 else "causal"
 
     # -- what every cache of mlx-lm has ------------------------------------------------------
@@ -147,6 +145,12 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
     def nbytes(self) -> int:
         """Bytes really held, unused capacity included."""
         return sum(plane.nbytes for plane in (*(self.keys or ()), *(self.values or ())))
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the tokens stored, without the unused capacity."""
+        planes = (*(self.keys or ()), *(self.values or ()))
+        return sum(plane.nbytes // plane.shape[2] * self.length for plane in planes)
 
     @property
     def nbytes_fp16(self) -> int:

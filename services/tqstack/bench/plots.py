@@ -48,11 +48,14 @@ def quality(rows: list[dict[str, Any]], path: Path) -> None:
             axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axis.set(xlabel="bits per value, really stored", ylabel="KL divergence, nats per token")
     axis.set_yscale("log")
+    axis.margins(x=0.12)
     axis.legend()
     figure.savefig(path, dpi=150)
 
 
 def _family(codec: str) -> str:
+    if codec.endswith("-raw"):
+        return "TurboQuant, norm not corrected"
     if codec.startswith("affine"):
         return "mlx affine" if codec.endswith("none") else "affine, rotated"
     names = {"tq": "TurboQuant", "tcq": "trellis", "prod": "TurboQuant with QJL"}

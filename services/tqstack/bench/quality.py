@@ -16,7 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tqstack.attention.cache import TurboQuantKVCache
 from tqstack.attention.hybrid import make_turboquant_cache
@@ -24,10 +23,18 @@ from tqstack.bench.needle import Haystack
 
 EXACT = "exact"
 # The yardsticks of docs/codec.md: mlx's affine codes, rotated ones, the paper's, and ours.
-CODECS = (
-    "affine8-g64-none affine4-g64-none affine4-g64 tq4 tq4-raw tq4/tq3 tq3/tq4 tq3 "
-    "affine3-g64-none tq2 affine2-g64-none tcq4-l8 tcq3-l8 tcq2-l8"
-)
+CODECS = [
+    *(
+        "affine8-g64-none",
+        "affine4-g64-none",
+        "affine4-g64",
+        "tq4",
+        "tq4-raw",
+        "tq4/tq3",
+        "tq3/tq4",
+    ),
+    *("tq3", "affine3-g64-none", "tq2", "affine2-g64-none", "tcq4-l8", "tcq3-l8", "tcq2-l8"),
+]
 CHUNK = 512
 
 
@@ -47,16 +54,15 @@ class Score:
     def add(self, logp: mx.array, exact: mx.array, targets: mx.array) -> None:
         """Log-probabilities (L, vocabulary) of this codec and of the exact cache."""
         rows = mx.arange(targets.size)
-        self.nll -= logp[rows, targets].sum().item()
-        self.divergence += (mx.exp(exact) * (exact - logp)).sum().item()
-        self.agreed += int((logp.argmax(-1) == exact.argmax(-1)).sum().item())
+        self.nll -= _number(logp[rows, targets].sum())
+        self.divergence += _number((mx.exp(exact) * (exact - logp)).sum())
+        self.agreed += round(_number((logp.argmax(-1) == exact.argmax(-1)).sum()))
         self.tokens += targets.size
 
     def add_bytes(self, cache: list[Any]) -> None:
         for entry in cache:
             if isinstance(entry, TurboQuantKVCache) and not entry.empty():
-                keys, values = entry.state[:2]
-                self.stored_bits += 8 * sum(plane.nbytes for plane in (*keys, *values))
+                self.stored_bits += 8 * entry.nbytes_used
                 self.values += entry.nbytes_fp16 // 2
 
     def row(self, exact: Score) -> dict[str, Any]:
@@ -91,7 +97,7 @@ class Plan:
 
 def measure(
     model: nn.Module,
-    tokenizer: TokenizerWrapper,
+    tokenizer: Any,
     tokens: np.ndarray,
     codecs: list[str],
     plan: Plan,
@@ -153,7 +159,7 @@ def _read_window(model: nn.Module, window: np.ndarray, scores: dict[str, Score])
 
 def _ask(
     model: nn.Module,
-    tokenizer: TokenizerWrapper,
+    tokenizer: Any,
     haystack: Haystack,
     make_cache: Callable[[], list[Any]],
 ) -> list[bool]:
@@ -176,7 +182,7 @@ def _ask(
 
 
 def _continue(
-    model: nn.Module, tokenizer: TokenizerWrapper, cache: list[Any], tokens: list[int], digits: int
+    model: nn.Module, tokenizer: Any, cache: list[Any], tokens: list[int], digits: int
 ) -> str:
     x, out = mx.array([tokens]), []
     for _ in range(digits + 4):
@@ -186,6 +192,10 @@ def _continue(
             break
         x = token
     return tokenizer.decode(out)
+
+
+def _number(x: mx.array) -> float:
+    return float(np.array(x))
 
 
 def _common_prefix(sequences: list[list[int]]) -> int:

@@ -139,7 +139,7 @@ def fill(model: nn.Module, cache: list[Any], context: int) -> None:
     The recurrent state comes from a short real prompt; its size does not depend on the length.
     """
     mx.eval(model(mx.zeros((1, 8), mx.int32), cache=cache))
-    layers = model.layers  # pyright: ignore[reportAttributeAccessIssue]
+    layers: Any = model.layers
     for layer, entry in zip(layers, cache, strict=True):
         if not hasattr(entry, "update_and_fetch"):
             continue

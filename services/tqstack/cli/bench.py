@@ -136,7 +136,7 @@ def quality(
 
     try:
         loaded = load_model(model)
-        names = codecs.replace(",", " ").split() or CODECS.split()
+        names: list[str] = codecs.replace(",", " ").split() or CODECS
         lengths = tuple(n for n in numbers(needle_lengths) if n)
         plan = Plan(windows, window_tokens, lengths, questions, seed)
         corpus = _corpus(loaded.tokenizer, tokens, text)
