@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar, cast
 
@@ -82,6 +83,16 @@ class Stack:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()
+
+    def settle(self) -> None:
+        """Waits until every request is over and done with, on the router's side and the backends'.
+
+        A client has its answer a moment before the router has written it down.
+        """
+        journal, deadline = self.app.state.services.journal, time.monotonic() + 3
+        while journal.running or self.sidecar.busy or self.ollama.busy:
+            assert time.monotonic() < deadline, "a request was left behind"
+            time.sleep(0.002)
 
     def stop_serving(self) -> None:
         """What SIGTERM does."""

@@ -327,6 +327,7 @@ def test_a_native_stream_passes_as_bytes_and_its_end_is_known(last):
         stack.ollama.script = native
         body = {"max_tokens": 5, "messages": [{"role": "user", "content": "a"}], "stream": True}
         response = stack.http.post("/v1/messages", json=body)
+        stack.settle()
         if last:
             assert response.content == stream
             assert stack.app.state.services.journal.recent[-1].prompt_tokens == 7

@@ -65,8 +65,8 @@ def python(size: int, rng: random.Random) -> str:
 
 
 def compact_json(size: int, rng: random.Random) -> str:
-    rows = []
-    while sum(map(len, rows)) < size:
+    rows, length = [], 0
+    while length < size:
         row = {
             "id": rng.randrange(10**6),
             "name": rng.choice(["alpha", "beta", "gamma"]),
@@ -75,6 +75,7 @@ def compact_json(size: int, rng: random.Random) -> str:
             "active": rng.random() < 0.5,
         }
         rows.append(json.dumps(row, separators=(",", ":")))
+        length += len(rows[-1])
     return f"[{','.join(rows)}]"
 
 

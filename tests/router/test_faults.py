@@ -202,12 +202,8 @@ def stack():
 
 def settle(stack: Stack) -> None:
     """The router has recovered, and nothing of the last request is left."""
-    services = stack.app.state.services
-    deadline = time.monotonic() + 3
-    while services.journal.running or stack.sidecar.busy or stack.ollama.busy:
-        assert time.monotonic() < deadline, "something was left behind"
-        time.sleep(0.005)
-    for backend in services.backends.values():
+    stack.settle()
+    for backend in stack.app.state.services.backends.values():
         assert backend.running == 0
         backend.breaker.succeeded()
     stack.probe()

@@ -55,10 +55,10 @@ def answers(*pieces: bytes, close: bool = True):
 
 
 async def fetch(upstream, url, body=b""):
-    answer = await upstream.send("POST" if body else "GET", url, body)
+    answer = await upstream.send("POST" if body else "GET", url, body, {}, 1)
     try:
         data = b""
-        while piece := await answer.read():
+        while piece := await answer.read(1):
             data += piece
         return answer.status, data
     finally:
@@ -108,7 +108,7 @@ def test_an_answer_that_is_not_whole_is_an_error(pieces, kind):
 
 def test_a_connection_that_nobody_takes_is_refused():
     async def work():
-        await Upstream(connect_seconds=1).send("GET", "http://127.0.0.1:1/")
+        await Upstream(connect_seconds=1).send("GET", "http://127.0.0.1:1/", b"", {}, 1)
 
     with pytest.raises(UpstreamError) as error:
         uvloop.run(work())
@@ -152,11 +152,11 @@ def test_a_slow_reader_slows_the_backend_down():
             sent += 100_000
 
     async def work(upstream, url):
-        answer = await upstream.send("GET", url)
+        answer = await upstream.send("GET", url, b"", {}, 1)
         await asyncio.sleep(0.3)
         before = sent
         size = 0
-        while piece := await answer.read():
+        while piece := await answer.read(1):
             size += len(piece)
         answer.close()
         return before, size
@@ -176,11 +176,27 @@ def test_closing_an_answer_early_is_seen_by_the_backend_at_once():
     async def work(upstream, url):
         nonlocal seen
         seen = asyncio.Event()
-        answer = await upstream.send("GET", url)
-        await answer.read()
+        answer = await upstream.send("GET", url, b"", {}, 1)
+        await answer.read(1)
         answer.close()
         async with asyncio.timeout(0.5):
             await seen.wait()
 
     seen: asyncio.Event
     talk(serve, work)
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\no"])
+def test_a_backend_that_falls_silent_is_given_up_after_the_limit(head):
+    async def serve(reader, writer, number):
+        writer.write(head)
+        await reader.read()  # until we are given up
+
+    async def work(upstream, url):
+        answer = await upstream.send("GET", url, b"", {}, 0.1)
+        while await answer.read(0.1):
+            pass
+
+    with pytest.raises(UpstreamError) as error:
+        talk(serve, work)
+    assert error.value.kind == "timeout"

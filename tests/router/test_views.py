@@ -30,6 +30,7 @@ def stack():
         stack.chat(model="nobody")
         stack.run(stack.ollama.stop())
         stack.chat("hello", model="local:")
+        stack.settle()
         yield stack
 
 
@@ -81,6 +82,7 @@ def test_the_log_has_a_json_line_per_request_without_prompts_or_keys(stack, capl
         headers = {"authorization": "Bearer sk-secret", "cookie": "id=1"}
         body = {"messages": [{"role": "user", "content": "my private words"}]}
         stack.http.post("/v1/chat/completions", json=body, headers=headers)
+        stack.settle()
     line = json.loads(caplog.records[-1].message)
     assert (line["backend"], line["outcome"]) == ("sidecar", "ok")
     for secret in ("private", "sk-secret", "id=1"):

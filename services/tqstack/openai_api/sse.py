@@ -46,6 +46,9 @@ class EventParser:
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """Payloads of the events that `chunk` completes."""
+        if not self.pending and self._is_one_event(chunk):
+            self._after_return = False
+            return [chunk[6:-2]]
         # A \r ends its line at once; the \n of a \r\n that was cut in two ends nothing.
         if self._after_return and chunk[:1] == b"\n":
             chunk = chunk[1:]
@@ -67,6 +70,15 @@ class EventParser:
         self._hold(chunk[start:])
         self.pending += len(chunk)
         return payloads
+
+    def _is_one_event(self, chunk: bytes) -> bool:
+        """Whether this is one event of one line of data, as most chunks are."""
+        return (
+            chunk.startswith(b"data: ")
+            and chunk.endswith(b"\n\n")
+            and chunk.find(b"\n") == len(chunk) - 2 <= self._limit
+            and b"\r" not in chunk
+        )
 
     def _hold(self, piece: bytes) -> None:
         if piece:

@@ -207,10 +207,10 @@ class Backend:
         return Health("up", models, report, "answers its probes")
 
     async def _get(self, path: str) -> tuple[int, dict[str, Any]]:
-        answer = await self._upstream.send("GET", self.url + path)
+        answer = await self._upstream.send("GET", self.url + path, b"", {}, PROBE_SECONDS)
         try:
             body = bytearray()
-            while chunk := await answer.read():
+            while chunk := await answer.read(PROBE_SECONDS):
                 body += chunk
                 if len(body) > _LARGEST_PROBE:
                     raise ValueError(f"{path} answers more than {_LARGEST_PROBE} bytes")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from tqstack.openai_api.errors import ApiError, bad_request
@@ -49,7 +49,9 @@ class View:
 
     def knows(self, model: str) -> str | None:
         """The model's name as this backend spells it (Ollama leaves out `:latest`)."""
-        return next((m for m in (model, f"{model}:latest") if m in self.models), None)
+        if model in self.models:
+            return model
+        return latest if (latest := f"{model}:latest") in self.models else None
 
     def name_for(self, model: str) -> str:
         """What this backend is asked for when the client wants `model`."""
@@ -136,26 +138,40 @@ def decide(ask: Ask, views: Mapping[Name, View], threshold: int) -> Decision:
     if not ready:
         raise _nobody(capable)
     ready.sort(key=lambda view: _RANK[view.state])
-    steps = [_step(view, model, ask, reason) for view in ready]
+    chosen = ready[0]
     # A backend that was set aside for its state, or against a prefix, is named as missing.
     wanted = forced if forced and views[forced].state != "off" else capable[0].name
-    if steps[0].backend != wanted:
-        state = views[wanted].state
-        why = f"{wanted}-{state}" if state in ("sick", "loading", "down") else reason
-        steps[0] = replace(steps[0], reason=why, fallback_from=wanted)
-    if len(steps) > 1:
-        return replace(steps[0], next=replace(steps[1], fallback_from=steps[0].backend))
-    other = views["ollama" if steps[0].backend == "sidecar" else "sidecar"]
-    if other.state == "off":
-        why = "there is no other backend"
-    elif other not in able:
-        held = other.context(model)
-        why = f"{other.name} cannot hold a prompt of this length ({held} tokens)"
-    elif other not in capable:
-        why = f"{other.name} cannot do what this request asks for"
+    missing: Name | None = None
+    if chosen.name != wanted:
+        missing, state = wanted, views[wanted].state
+        reason = f"{wanted}-{state}" if state in ("sick", "loading", "down") else reason
+    following, why = None, ""
+    if len(ready) > 1:
+        other = ready[1]
+        following = Decision(
+            other.name, other.name_for(model), ask.tokens[other.name], reason, chosen.name
+        )
     else:
-        why = f"{other.name} is {other.state}"
-    return replace(steps[0], no_next=why)
+        why = _why_alone(views["ollama" if chosen.name == "sidecar" else "sidecar"], able, capable)
+    return Decision(
+        chosen.name,
+        chosen.name_for(model),
+        ask.tokens[chosen.name],
+        reason,
+        missing,
+        following,
+        why,
+    )
+
+
+def _why_alone(other: View, able: list[View], capable: list[View]) -> str:
+    if other.state == "off":
+        return "there is no other backend"
+    if other not in able:
+        return f"{other.name} cannot hold a prompt of this length"
+    if other not in capable:
+        return f"{other.name} cannot do what this request asks for"
+    return f"{other.name} is {other.state}"
 
 
 def _check_known(written: str, model: str, enabled: list[View]) -> None:
@@ -193,10 +209,6 @@ def _holds(view: View, model: str, ask: Ask, longest: int | None) -> bool:
     longest known one holds, and no more."""
     context = view.context(model) or longest
     return context is None or ask.tokens[view.name] * (1 - ask.slack) < context
-
-
-def _step(view: View, model: str, ask: Ask, reason: str) -> Decision:
-    return Decision(view.name, view.name_for(model), ask.tokens[view.name], reason)
 
 
 def _too_long(ask: Ask, model: str, order: list[View]) -> ApiError:

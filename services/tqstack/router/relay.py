@@ -6,10 +6,8 @@ that another backend may be tried.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import Awaitable
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 
@@ -27,10 +25,11 @@ _LARGEST_HELD = 4 << 20
 _LARGEST_ERROR = 64 << 10
 _PREFILL_TOKENS_PER_SECOND = 20  # a slow machine's, for the limit on the first token
 _DRAIN_SECONDS = 1.0
+_REFUSAL_SECONDS = 5.0
+# What the client is told of an upstream error; 502 of the others.
+_STATUSES = {"refused": 503, "timeout": 504}
 _HEADERS = {"content-type": "application/json", "accept-encoding": "identity"}
 _KEPT_HEADERS = ("retry-after", "openai-processing-ms")
-
-Result = TypeVar("Result")
 
 
 class Relay:
@@ -68,37 +67,32 @@ class Relay:
             prefill = (record.estimate or 0) / _PREFILL_TOKENS_PER_SECOND
             limit = self._settings.router_first_token_seconds + prefill
         try:
-            async with asyncio.timeout(limit) as deadline:
-                answer = await self._upstream.send("POST", url, body, _HEADERS)
-                if answer.status != 200:
-                    raise await self._refusal(answer)
-                if record.stream:
-                    first = await self._first_event(answer, deadline, limit)
-                else:
-                    first = await self._whole(answer)
+            answer = await self._upstream.send("POST", url, body, _HEADERS, limit)
+            if answer.status != 200:
+                raise await self._refusal(answer)
             if record.stream:
-                await self._stream(answer, first)
+                await self._stream(answer, await self._first_event(answer, limit))
             else:
-                await self._body(answer, first)
+                await self._body(answer, await self._whole(answer, limit))
         except UpstreamError as error:
-            raise failures.broken(error.kind, f"{self._name}: {error}", _status(error)) from None
-        except TimeoutError:
-            message = f"{self._name} gave no answer within {limit:.0f} s"
-            raise failures.broken("timeout", message, 504) from None
+            kind, status = error.kind, _STATUSES.get(error.kind, 502)
+            if kind == "timeout" and record.first_token is not None:
+                kind = "stalled"
+            raise failures.broken(kind, f"{self._name}: {error}", status) from None
         finally:
             if answer:
                 answer.close()
 
     async def _refusal(self, answer: Answer) -> Failure:
         body = bytearray()
-        while len(body) < _LARGEST_ERROR and (chunk := await answer.read()):
+        while len(body) < _LARGEST_ERROR and (chunk := await answer.read(_REFUSAL_SECONDS)):
             body += chunk
         retry_after = answer.headers.get("retry-after")
         return failures.refusal(self._name, answer.status, retry_after, bytes(body))
 
     # Streams.
 
-    async def _first_event(self, answer: Answer, deadline: asyncio.Timeout, limit: float) -> bytes:
+    async def _first_event(self, answer: Answer, limit: float) -> bytes:
         """Bytes up to the first event with data. Comments only show that the backend is at work."""
         kind = answer.headers.get("content-type", "")
         if not kind.startswith("text/event-stream"):
@@ -106,12 +100,11 @@ class Relay:
             raise failures.broken("garbled", message)
         ready = bytearray()
         while not self.watch.started:
-            chunk = await answer.read()
+            chunk = await answer.read(limit)
             if not chunk:
                 message = f"{self._name} ended its stream before the first token"
                 raise failures.broken("unfinished", message)
             ready += self.watch.feed(chunk)
-            deadline.reschedule(asyncio.get_running_loop().time() + limit)
         self._check_error()
         return bytes(ready)
 
@@ -128,7 +121,7 @@ class Relay:
             if ready:
                 await client.send(ready)
             ready = b""
-            chunk = await self._within(gap, answer.read())
+            chunk = await answer.read(gap)
             if not chunk:
                 break
             ready = watch.feed(chunk)
@@ -150,10 +143,10 @@ class Relay:
 
     # Answers in one piece.
 
-    async def _whole(self, answer: Answer) -> bytes:
+    async def _whole(self, answer: Answer, limit: float) -> bytes:
         """The body, or its beginning if it is too large to be held."""
         body = bytearray()
-        while chunk := await answer.read():
+        while chunk := await answer.read(limit):
             body += chunk
             if len(body) > _LARGEST_HELD:
                 return bytes(body)
@@ -179,19 +172,9 @@ class Relay:
             return await client.json(200, first, headers)
         await client.start(200, ((b"content-type", b"application/json"), *headers))
         await client.send(first)
-        while chunk := await self._within(self._settings.router_stall_seconds, answer.read()):
+        while chunk := await answer.read(self._settings.router_stall_seconds):
             await client.send(chunk)
         await client.finish()
-
-    # Both.
-
-    async def _within(self, seconds: float, reading: Awaitable[Result]) -> Result:
-        try:
-            async with asyncio.timeout(seconds):
-                return await reading
-        except TimeoutError:
-            message = f"{self._name} sent nothing for {seconds:.0f} s"
-            raise failures.broken("stalled", message, 504) from None
 
     def _take_usage(self, usage: object, events: int | None) -> None:
         usage = usage if isinstance(usage, dict) else {}
@@ -201,10 +184,6 @@ class Relay:
         self._record.output_tokens = output if isinstance(output, int) else events
 
 
-def _status(error: UpstreamError) -> int:
-    return 503 if error.kind == "refused" else 502
-
-
 def _kept(answer: Answer) -> list[tuple[bytes, bytes]]:
     found = {name: answer.headers[name] for name in _KEPT_HEADERS if name in answer.headers}
     return encode(found)
@@ -212,7 +191,6 @@ def _kept(answer: Answer) -> list[tuple[bytes, bytes]]:
 
 async def _drain(answer: Answer) -> None:
     """Reads to the end, so that the connection can be used again. Nothing follows `[DONE]`."""
-    with contextlib.suppress(UpstreamError, TimeoutError):
-        async with asyncio.timeout(_DRAIN_SECONDS):
-            while await answer.read():
-                pass
+    with contextlib.suppress(UpstreamError):
+        while await answer.read(_DRAIN_SECONDS):
+            pass

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any, cast
+
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tqstack.router.app import create_app
 from tqstack.settings import Settings
@@ -20,7 +24,7 @@ def server(settings: Settings) -> uvicorn.Server:
         host=settings.router_host,
         port=settings.router_port,
         loop="uvloop",
-        http="httptools",
+        http=Protocol,
         ws="none",
         lifespan="on",
         access_log=False,
@@ -34,3 +38,43 @@ def server(settings: Settings) -> uvicorn.Server:
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
     return uvicorn.Server(config)
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's protocol, with an answer's head and the beginning of its body in one write."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(cast(asyncio.Transport, _HeadHolder(transport, self.loop)))
+
+
+class _HeadHolder:
+    """A transport that keeps an answer's head back until its body comes, or the loop goes round.
+
+    A write is a system call, and the dearest part of a small answer.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop):
+        self._transport = transport
+        self._loop = loop
+        self._head = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        elif data.startswith(b"HTTP/1.1 "):
+            self._head = data
+            self._loop.call_soon(self._flush)
+            return
+        self._transport.write(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.write(head)

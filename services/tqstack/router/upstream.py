@@ -29,7 +29,8 @@ class UpstreamError(Exception):
     """The backend did not take the request, or its answer broke off.
 
     Attributes:
-        kind: `refused` (no connection), `cut` (it ended too early) or `garbled` (it is no HTTP).
+        kind: `refused` (no connection), `cut` (it ended too early), `timeout` (nothing came) or
+            `garbled` (it is no HTTP).
     """
 
     def __init__(self, kind: str, message: str):
@@ -94,15 +95,15 @@ class _Connection(asyncio.Protocol):
         else:
             self._transport.writelines((data, body))
 
-    async def wait_head(self) -> None:
+    async def wait_head(self, limit: float) -> None:
         while not self.head_done:
-            await self._wait()
+            await self._wait(limit)
 
-    async def read(self) -> bytes:
+    async def read(self, limit: float) -> bytes:
         while not self._chunks:
             if self.done:
                 return b""
-            await self._wait()
+            await self._wait(limit)
         data = self._chunks.popleft() if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
         self._buffered = 0
@@ -111,14 +112,21 @@ class _Connection(asyncio.Protocol):
             self._transport.resume_reading()
         return data
 
-    async def _wait(self) -> None:
+    async def _wait(self, limit: float) -> None:
         if self._error:
             raise self._error
-        self._waiter = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        timer = loop.call_later(limit, self._expire, limit)  # a quarter of asyncio.timeout's cost
         try:
             await self._waiter
         finally:
+            timer.cancel()
             self._waiter = None
+
+    def _expire(self, limit: float) -> None:
+        self._fail("timeout", f"nothing came for {limit:g} s")
+        self._wake()
 
     def _wake(self) -> None:
         if self._waiter and not self._waiter.done():
@@ -207,16 +215,16 @@ class Answer:
             self.close()
             raise UpstreamError("garbled", f"the answer has an unknown encoding ({encoding})")
 
-    async def read(self) -> bytes:
+    async def read(self, limit: float) -> bytes:
         """The next bytes of the body, as they come; empty at its end.
 
         Raises:
-            UpstreamError: the body broke off.
+            UpstreamError: the body broke off, or nothing came for `limit` seconds.
         """
         if self._inflater is None:
-            return await self._connection.read()
+            return await self._connection.read(limit)
         while True:
-            data = self._inflater.unconsumed_tail or await self._connection.read()
+            data = self._inflater.unconsumed_tail or await self._connection.read(limit)
             if not data:
                 return b""
             try:
@@ -245,22 +253,22 @@ class Upstream:
         self._tls: ssl.SSLContext | None = None
 
     async def send(
-        self, method: str, url: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+        self, method: str, url: str, body: bytes, headers: Mapping[str, str], limit: float
     ) -> Answer:
-        """Sends a request and waits for the answer's headers, for as long as it takes.
+        """Sends a request, and waits up to `limit` seconds for the answer's headers.
 
         Raises:
             UpstreamError: nobody listens, or the connection ended before an answer.
         """
         origin, head = _target(method, url)
         pool = self._pools.setdefault(origin, [])
-        lines = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         data = b"%s%scontent-length: %d\r\n\r\n" % (head, lines.encode("latin-1"), len(body))
         while True:
             connection = self._take(pool) or await self._connect(origin)
             try:
                 connection.request(data, body)
-                await connection.wait_head()
+                await connection.wait_head(limit)
                 return Answer(connection, pool)
             except UpstreamError as error:
                 connection.abort()
