@@ -193,3 +193,37 @@ def _corpus(tokenizer: Any, tokens: Path | None, text: Path | None) -> Any:
 
     own = Tokenizer.from_file(str(demo_model.PATH / "tokenizer.json"))
     return np.array(tokenizer.encode(own.decode(held_out.tolist())))
+
+
+@app.command()
+def distortion(
+    codecs: Annotated[str, typer.Option(help="specs, by commas")] = "",
+    dim: Annotated[int, typer.Option(help="values of a vector")] = 256,
+    vectors: Annotated[int, typer.Option(min=1)] = 4096,
+    seed: int = 0,
+    output: Output = None,
+) -> None:
+    """Squared error on random unit vectors, beside the paper's and the rate-distortion limit."""
+    preload_openblas()
+    from tqstack.bench.distortion import CODECS, measure
+
+    names = codecs.replace(",", " ").split() or CODECS
+    try:
+        rows = [measure(name, dim, vectors, seed) for name in track(names, "measuring")]
+    except ValueError as error:
+        fail(str(error), 2)
+    table = Table(
+        "codec", "bits/value", "squared error", "paper", "limit", "× limit", "<q, x> error"
+    )
+    for row in rows:
+        table.add_row(
+            row["codec"],
+            f"{row['bits_per_value']:.4f}",
+            f"{row['squared_error']:.5f}",
+            f"{row['paper']:.4f}" if row["paper"] else "",
+            f"{row['limit']:.5f}",
+            f"{row['squared_error'] / row['limit']:.2f}",
+            f"{row['inner_product_error']:.5f} / d",
+        )
+    console.print(table)
+    _write(output, {"dim": dim, "vectors": vectors, "seed": seed, "rows": rows})

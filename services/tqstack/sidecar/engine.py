@@ -64,7 +64,12 @@ class Failed:
     error: ApiError
 
 
-Event = Progress | Token | Failed
+@dataclass(frozen=True)
+class Removed:
+    """A cancelled job is off the engine; its stats are those of what it did."""
+
+
+Event = Progress | Token | Failed | Removed
 
 
 class Engine:
@@ -105,7 +110,7 @@ class Engine:
         self._inbox.put(("job", job))
 
     def cancel(self, job: Job) -> None:
-        """Forget a job; harmless if it has ended."""
+        """Take a job off the engine; harmless if it has ended."""
         self._inbox.put(("cancel", job))
 
     def status(self) -> dict[str, Any]:
@@ -221,9 +226,13 @@ class Engine:
     def _remove(self, job: Job) -> None:
         uid = self._uids.pop(id(job), None)
         if uid is not None:
+            if job.generated:
+                cache, _ = self._generator.extract_cache([uid])[uid]
+                job.stats = _stats(job, cache, time.perf_counter())
             self._generator.remove([uid])
             del self._jobs[uid]
             self._measure()
+            job.deliver(Removed())
 
     def _step(self) -> None:
         if not self._jobs:

@@ -12,7 +12,7 @@ from mlx_lm.sample_utils import make_logits_processors
 from tqstack.openai_api.errors import ApiError, bad_request
 from tqstack.openai_api.schema import ChatRequest, TextRequest
 from tqstack.sidecar.answers import Usage
-from tqstack.sidecar.engine import Engine, Event, Failed, Job, Progress, Token
+from tqstack.sidecar.engine import Engine, Event, Failed, Job, Progress, Removed, Token
 from tqstack.sidecar.prompt import Prompt, chat_prompt, text_prompt
 from tqstack.sidecar.runtime import Runtime
 from tqstack.sidecar.sampling import make_sampler
@@ -72,14 +72,15 @@ class Generation:
                     raise event.error
                 if isinstance(event, Progress):
                     yield event
-                    continue
-                for part in self._read(event):
-                    yield part
-                finished = event.finish_reason is not None
-                if self._reader.stopped and not finished:
-                    # Closing below takes the rest of the sequence off the engine.
-                    yield Finish("stop")
-                    return
+                elif isinstance(event, Removed) or self._reader.stopped:
+                    # After a stop string, tokens may still come until the engine has let go.
+                    finished = isinstance(event, Removed) or event.finish_reason is not None
+                else:
+                    for part in self._read(event):
+                        yield part
+                    finished = event.finish_reason is not None
+                    if self._reader.stopped and not finished:
+                        self._engine.cancel(self.job)
                 if finished:
                     yield Finish(self._reason(event))
         finally:
@@ -91,10 +92,12 @@ class Generation:
         parts = [] if token.finish_reason == "stop" else self._reader.feed(token.id)
         return parts + self._reader.finish() if token.finish_reason else parts
 
-    def _reason(self, token: Token) -> str:
+    def _reason(self, last: Token | Removed) -> str:
         if self._reader.tool_calls:
             return "tool_calls"
-        return "stop" if self._reader.stopped else token.finish_reason or "stop"
+        if self._reader.stopped or isinstance(last, Removed):
+            return "stop"
+        return last.finish_reason or "stop"
 
 
 def make_prompt(runtime: Runtime, request: ChatRequest | TextRequest) -> Prompt:
