@@ -5,9 +5,11 @@ from __future__ import annotations
 import typer
 
 from tqstack.cli.bench import app as bench
+from tqstack.cli.bench_router import bench_router
 from tqstack.cli.doctor import doctor
 from tqstack.cli.router import router
 from tqstack.cli.sidecar import sidecar
+from tqstack.cli.top import top
 from tqstack.cli.up import up
 
 app = typer.Typer(
@@ -16,8 +18,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (up, router, sidecar, doctor):
+for command in (up, router, sidecar, top, doctor):
     app.command()(command)
+bench.command("router")(bench_router)
 app.add_typer(bench, name="bench")
 
 

@@ -106,11 +106,11 @@ async def _soak(targets: list[Target], requests: int) -> None:
 def _report(targets: list[Target]) -> None:
     table = Table("", *(target.name for target in targets))
     for name, what, form in _ROWS:
-        values = [target.median(name) for target in targets]
+        values = [target.medians().get(name) for target in targets]
         table.add_row(what, *("–" if v is None else form.format(v) for v in values))
     console = Console()
     console.print(table)
     for target in targets:
-        after = target.median("resident_after")
+        after = target.medians().get("resident_after")
         if after is not None:
             console.print(f"{target.name}: {after:.0f} MB resident after the long run")

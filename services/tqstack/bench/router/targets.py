@@ -29,9 +29,8 @@ class Target:
         for name, value in figures.items():
             self.figures.setdefault(name, []).append(value)
 
-    def median(self, name: str) -> float | None:
-        values = self.figures.get(name)
-        return statistics.median(values) if values else None
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(values) for name, values in self.figures.items()}
 
     def cpu_seconds(self) -> float:
         """Processor time that the proxy has used, to the nanosecond (Linux; 0 elsewhere)."""
@@ -102,7 +101,7 @@ def router(backend: int, folder: Path) -> Iterator[Target]:
         f"ROUTER_PORT={port}\nSIDECAR_PORT={backend}\nOLLAMA_BASE_URL=http://127.0.0.1:{backend}\n"
         "SIDECAR_ENABLED=0\nTQSTACK_LOG_LEVEL=warning\n"
     )
-    command = [sys.executable, "-c", "from tqstack.cli.router import router; router()"]
+    command = [sys.executable, "-m", "tqstack", "router"]
     with running(command, True, env={**os.environ, "TQSTACK_CONFIG": str(config)}) as process:
         wait_for(port)
         yield Target("tqstack", port, [process.pid])

@@ -1,0 +1,32 @@
+"""`tqstack bench router`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tqstack.cli.common import console, fail
+
+
+def bench_router(
+    rounds: Annotated[int, typer.Option(min=1, help="how often each measure is taken")] = 3,
+    seconds: Annotated[float, typer.Option(min=0.5, help="length of a measure")] = 3.0,
+    requests: Annotated[
+        int, typer.Option(min=0, help="then so many more, to see whether memory stays flat")
+    ] = 0,
+    output: Annotated[Path | None, typer.Option(help="Write the figures as JSON here.")] = None,
+) -> None:
+    """What the router costs: beside a direct connection, and nginx and LiteLLM if installed."""
+    from tqstack.bench.router import run
+
+    try:
+        targets = run(rounds, seconds, requests)
+    except (OSError, RuntimeError) as error:
+        fail(f"the measurement broke off: {error}", 1)
+    if output:
+        figures = {target.name: target.medians() for target in targets}
+        output.write_text(json.dumps(figures, indent=2) + "\n")
+        console.print(f"written: {output}")
