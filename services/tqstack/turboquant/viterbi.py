@@ -2,7 +2,7 @@
 
 A state is an L-bit window; stepping to the next value drops its k lowest bits and takes in k new
 ones at the top. The 2^k predecessors of a state therefore share all but their lowest bits, and one
-step is a minimum over 2^k neighbours followed by an addition: 3 * 2^L operations, not 2^(L+k).
+step is an addition followed by a minimum over 2^k neighbours: 3 * 2^L operations, not 2^(L+k).
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ def best_path(
 
     shared: (vectors,) the bits that the first state must start with and the last must end with.
 
-    Instead of back-pointers each step's minima are kept, and the way back looks only at the 2^k
-    predecessors of the one state that it is in.
+    The branch that each minimum came from rides in the lowest k bits of its cost, 20 bits down,
+    so that one pass over the costs yields both.
     """
     n, vectors = x.shape
     states, branches = len(codebook), 1 << bits
     groups = states // branches  # states that differ in their lowest k bits only
-    # (x - c)^2 without x^2, as a product: [-2c, c^2] @ [x, 1]
-    metric = np.stack([-2 * codebook, codebook**2], axis=1)
-    points = np.ones((n, 2, vectors), np.float32)
-    points[:, 0] = x
+    # (x - c)^2 as a product: [c^2, -2c, 1] @ [1, x, x^2]
+    metric = np.stack([codebook**2, -2 * codebook, np.ones_like(codebook)], axis=1)
+    powers = np.stack([np.ones_like(x), x, x**2], axis=1)  # (n, 3, vectors)
     cost = np.empty((states, vectors), np.float32)
     by_group, by_branch = cost.reshape(groups, branches, -1), cost.reshape(branches, groups, -1)
-    reached = np.zeros((n, groups, vectors), np.float32)  # least cost of entering each group
+    marked = by_group.view(np.int32)
+    branch = np.arange(branches, dtype=np.int32)[:, None]
+    closed = 0.0  # cost of each group at the ends: nothing, or too much
     if shared is not None:
-        reached[0] = np.where(np.arange(groups)[:, None] == shared, 0, _FORBIDDEN)
+        closed = np.where(np.arange(groups)[:, None] == shared, 0, _FORBIDDEN)
+    reached = np.empty((n, groups, vectors), np.float32)  # least cost of leaving by each group
     for i in range(n):
-        if i:
-            by_group.min(axis=1, out=reached[i])
-        np.matmul(metric, points[i], out=cost)
-        by_branch += reached[i]
-    if shared is not None:
-        by_group += np.where(np.arange(groups)[:, None] == shared, 0, _FORBIDDEN)[:, None]
+        np.matmul(metric, powers[i], out=cost)
+        by_branch += reached[i - 1] if i else closed
+        marked &= -branches
+        marked |= branch
+        by_group.min(axis=1, out=reached[i])
 
-    path = np.empty((n, vectors), np.intp)
-    path[-1] = cost.argmin(axis=0)
-    lane, low_bits = np.arange(vectors), np.arange(branches)[:, None]
-    for i in range(n - 2, -1, -1):
-        before = path[i + 1] % groups * branches + low_bits  # (2^k, vectors) predecessors
-        total = metric[before, 0] * x[i] + metric[before, 1] + reached[i][before % groups, lane]
-        path[i] = before[total.argmin(axis=0), lane]
+    came_from = reached.view(np.int32) & (branches - 1)
+    path, lane = np.empty((n, vectors), np.intp), np.arange(vectors)
+    group = (reached[-1] + closed).argmin(axis=0)
+    for i in range(n - 1, -1, -1):
+        path[i] = group * branches + came_from[i, group, lane]
+        group = path[i] % groups
     return path
