@@ -1,0 +1,194 @@
+"""Decode attention straight from packed codes: the launches of `attend.h` and `merge.h`."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+from tqstack.attention.kernels.program import Program
+from tqstack.turboquant.lloyd import LloydCodec
+from tqstack.turboquant.rotation import RandomHadamard
+
+MAX_QUERY_TOKENS = 8
+# As in attend.h and merge.h: query rows and threads of a block, and of one that merges.
+COLUMNS, THREADS, MERGERS = 8, 128, 512
+# Three blocks for each of 132 multiprocessors; a split has at least a step for each warp.
+BLOCKS, KEYS_PER_SPLIT = 396, 64
+
+_HEADERS = ("hadamard.h", "lookup.h", "attend.h", "merge.h")
+ATTEND = Program(
+    name="attend",
+    headers=_HEADERS[:3],
+    call="""
+SHARED_ARRAY word memory[Attend<DK, DV, KB, VB, KG, VG, ONE_TABLE>::SHARED_WORDS];
+attend<DK, DV, KB, VB, KG, VG, ONE_TABLE, ROTATE, MASKED>(
+    (IN(word))keys, key_scales, (IN(word))values, value_scales, key_table, value_table,
+    queries, signs, mask, starts, (IN(Call))call, parts, stats, memory,
+    thread, block.x, block.y, block.z);""",
+    inputs=(
+        *("keys", "key_scales", "values", "value_scales", "key_table", "value_table"),
+        *("queries", "signs", "mask", "starts", "call"),
+    ),
+    outputs=("parts", "stats"),
+)
+MERGE = Program(
+    name="merge",
+    headers=_HEADERS,
+    call="""
+SHARED_ARRAY float memory[Merge<DV>::SHARED_WORDS];
+merge<DV, SINKS, ROTATE>(
+    parts, stats, sinks, signs, (IN(Call))call, out, memory, thread, block.x, block.y);""",
+    inputs=("parts", "stats", "sinks", "signs", "call"),
+    outputs=("out",),
+)
+
+
+def serves(key_codec: object, value_codec: object) -> bool:
+    """Whether the kernel can read these codecs: whole bits, one plane of codes."""
+    return all(
+        isinstance(codec, LloydCodec) and codec.bits % 1 == 0 for codec in (key_codec, value_codec)
+    )
+
+
+def decode_attention(
+    queries: mx.array,
+    keys: tuple[mx.array, ...],
+    values: tuple[mx.array, ...],
+    key_codec: LloydCodec,
+    value_codec: LloydCodec,
+    *,
+    length: int,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+    padding: list[int] | None = None,
+    window: int = 0,
+) -> mx.array:
+    """`tiled_attention` for up to `MAX_QUERY_TOKENS` query tokens, as a kernel.
+
+    Takes the same arguments, and `window`: how many tokens up to and including its own a query
+    sees; 0 for all.
+    """
+    B, heads, L, _ = queries.shape
+    kv_heads, capacity = keys[0].shape[1:3]
+    rows = heads // kv_heads * L
+    tiles = -(-rows // COLUMNS)
+    splits = max(1, min(BLOCKS // (B * kv_heads * tiles), -(-length // KEYS_PER_SPLIT)))
+    array_mask = None if mask is None or isinstance(mask, str) else _four_axes(mask)
+    call = _call(
+        *(B, kv_heads, capacity, length, splits, rows, L),
+        *(int(isinstance(mask, str)), window, *_strides(array_mask)),
+        scale=float(scale),
+    )
+    key_signs, value_signs = hadamard_signs(key_codec), hadamard_signs(value_codec)
+    parts, stats = ATTEND(
+        [
+            *(*keys, *values, _table(key_codec), _table(value_codec)),
+            queries if key_signs is not None else key_codec.rotate(queries),
+            UNUSED if key_signs is None else key_signs,
+            UNUSED if array_mask is None else at_least_8(array_mask),
+            _starts(tuple(padding or [0] * B)),
+            call,
+        ],
+        template={
+            **constants(key_codec, value_codec),
+            "ROTATE": key_signs is not None,
+            "MASKED": array_mask is not None,
+        },
+        blocks=(splits, tiles, B * kv_heads),
+        threads=THREADS,
+        outputs=[
+            ((B * kv_heads, tiles, splits, COLUMNS, value_codec.dim), mx.float32),
+            ((B * kv_heads, tiles, splits, 2, COLUMNS), mx.float32),
+        ],
+    )
+    rotated = value_signs is None
+    (out,) = MERGE(
+        [
+            *(parts, stats),
+            UNUSED if sinks is None else at_least_8(sinks.astype(mx.float32)),
+            UNUSED if value_signs is None else value_signs,
+            call,
+        ],
+        template={"DV": value_codec.dim, "SINKS": sinks is not None, "ROTATE": not rotated},
+        blocks=(rows, B * kv_heads, 1),
+        threads=MERGERS,
+        outputs=[
+            ((B, heads, L, value_codec.dim), mx.float32 if rotated else queries.dtype),
+        ],
+    )
+    return value_codec.unrotate(out).astype(queries.dtype) if rotated else out
+
+
+def constants(key_codec: LloydCodec, value_codec: LloydCodec) -> dict[str, int | bool]:
+    """What `attend` is compiled for."""
+    key_groups, value_groups = (c.dim // c.group for c in (key_codec, value_codec))
+    return {
+        "DK": key_codec.dim,
+        "DV": value_codec.dim,
+        "KB": int(key_codec.bits),
+        "VB": int(value_codec.bits),
+        "KG": key_groups,
+        "VG": value_groups,
+        "ONE_TABLE": key_codec.bits == value_codec.bits and key_codec.group == value_codec.group,
+    }
+
+
+@lru_cache(maxsize=16)
+def hadamard_signs(codec: LloydCodec) -> mx.array | None:
+    """The random signs (dim,) of a rotation that the kernels do themselves: one Hadamard block."""
+    rotation, dim = codec.rotation, codec.dim
+    if not isinstance(rotation, RandomHadamard) or dim < 32 or dim & (dim - 1):
+        return None
+    return rotation.signs.reshape(-1)
+
+
+# Metal passes inputs of fewer than 8 entries in another address space.
+UNUSED = mx.zeros(8)
+
+
+def at_least_8(x: mx.array) -> mx.array:
+    flat = x.reshape(-1)
+    return flat if x.size >= 8 else mx.concatenate([flat, mx.zeros(8 - x.size, dtype=x.dtype)])
+
+
+@lru_cache(maxsize=64)
+def _starts(padding: tuple[int, ...]) -> mx.array:
+    return at_least_8(mx.array(padding, dtype=mx.int32))
+
+
+@lru_cache(maxsize=64)
+def _call(*integers: int, scale: float) -> mx.array:
+    """`struct Call`; the layers of a model share it."""
+    bits = np.array([scale], dtype=np.float32).view(np.int32)
+    return mx.array(np.concatenate([np.array(integers, dtype=np.int32), bits]))
+
+
+def _four_axes(mask: mx.array) -> mx.array:
+    mask = mask.reshape(*([1] * (4 - mask.ndim)), *mask.shape)
+    return mask if mask.dtype == mx.bool_ else mask.astype(mx.float32)
+
+
+def _strides(mask: mx.array | None) -> list[int]:
+    """In entries; 0 for axes that broadcast."""
+    if mask is None:
+        return [0] * 4
+    strides, step = [], 1
+    for size in reversed(mask.shape):
+        strides.insert(0, step if size > 1 else 0)
+        step *= size
+    return strides
+
+
+@lru_cache(maxsize=16)
+def _table(codec: LloydCodec) -> mx.array:
+    """Halves that a field of the codes stands for, as words: two codes up to 4 bits, else the
+    same value twice."""
+    (code,) = codec.codes
+    levels = code.codebook.astype(np.float16).view(np.uint16).astype(np.uint32)
+    size = len(levels)
+    if code.bits > 4:
+        return mx.array(levels | (levels << 16))
+    return mx.array(np.tile(levels, size) | (np.repeat(levels, size) << 16))

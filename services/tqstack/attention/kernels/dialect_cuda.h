@@ -1,0 +1,113 @@
+// The words that the kernel bodies use, in CUDA (sm_80 and later).
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define FN __device__ __forceinline__
+#define IN(T) const T* __restrict__
+#define OUT(T) T* __restrict__
+#define SHARED(T) T*
+#define SHARED_ARRAY __shared__ __align__(128)
+#define LOCAL
+#define UNROLL _Pragma("unroll")
+#define UNROLL_8 _Pragma("unroll 8")
+
+#define CONST static constexpr
+
+typedef unsigned int word;
+typedef unsigned char byte;
+typedef __half half_t;
+
+// Matrix fragments: two neighbouring columns of one row of an 8 x 8 tile in every lane. The right
+// factor of a product is held by columns here (its lanes hold two rows of one column).
+CONST bool RIGHT_BY_COLUMNS = true;
+FN int fragment_row(int lane) { return lane >> 2; }
+FN int fragment_pair(int lane) { return lane & 3; }
+FN int fragment_lane(int row, int pair) { return 4 * row + pair; }
+FN int row_lanes(int i) { return 4 << i; }  // the three lane bits that walk over the rows
+
+// c (16 x 8) += a (16 x 16) b (16 x 8) in halves, summed in float32. Tiles: a[0] top left,
+// a[1] bottom left, a[2] top right, a[3] bottom right; b and c from top to bottom.
+FN void multiply_add(float (&c)[4], word a0, word a1, word a2, word a3, word b0, word b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// A tile as multiply_add returns it, in the layout of a right factor.
+FN word as_right_factor(word tile) {
+  word turned;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(tile));
+  return turned;
+}
+
+FN half_t to_half(float x) { return __float2half_rn(x); }
+FN bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000) != 0x7f800000; }
+FN float to_float(half_t x) { return __half2float(x); }
+FN float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+FN float to_float(float x) { return x; }
+template <typename T>
+FN T from_float(float x) { return T(x); }
+FN word pack_halves(float low, float high) {
+  __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<word*>(&pair);
+}
+FN float low_half(word pair) { return __low2float(*reinterpret_cast<__half2*>(&pair)); }
+FN float high_half(word pair) { return __high2float(*reinterpret_cast<__half2*>(&pair)); }
+FN word low_halves(word a, word b) { return __byte_perm(a, b, 0x5410); }
+FN word high_halves(word a, word b) { return __byte_perm(a, b, 0x7632); }
+
+FN float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+FN float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+FN void block_sync() { __syncthreads(); }
+FN float fast_exp2(float x) { return exp2f(x); }
+FN float fast_log2(float x) { return __log2f(x); }
+FN word funnel_shift(word low, word high, int bits) { return __funnelshift_r(low, high, bits); }
+FN word read_shared(const word* table, word byte) {
+  return *reinterpret_cast<const word*>(reinterpret_cast<const char*>(table) + byte);
+}
+
+FN void read_shared_4(const word* from, word (&to)[4]) {
+  uint4 x = *reinterpret_cast<const uint4*>(from);
+  to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}
+
+// N words, WIDTH (1, 2 or 4) of them at a time.
+template <int N, int WIDTH>
+FN void read_words(IN(word) from, word (&to)[N]) {
+  if constexpr (WIDTH % 4 == 0 && N % 4 == 0) {
+    UNROLL for (int i = 0; i < N; i += 4) {
+      uint4 x = *reinterpret_cast<const uint4*>(from + i);
+      to[i] = x.x, to[i + 1] = x.y, to[i + 2] = x.z, to[i + 3] = x.w;
+    }
+  } else if constexpr (WIDTH % 2 == 0 && N % 2 == 0) {
+    UNROLL for (int i = 0; i < N; i += 2) {
+      uint2 x = *reinterpret_cast<const uint2*>(from + i);
+      to[i] = x.x, to[i + 1] = x.y;
+    }
+  } else {
+    UNROLL for (int i = 0; i < N; i++) to[i] = from[i];
+  }
+}
+
+// N values of any float type, at an address that is a multiple of 16 bytes.
+template <int N, typename T>
+FN void read_values(IN(T) from, float (&to)[N]) {
+  constexpr int WORDS = N * sizeof(T) / 4;
+  word raw[WORDS];
+  read_words<WORDS, 4>(reinterpret_cast<const word*>(from), raw);
+  UNROLL for (int i = 0; i < N; i++) {
+    if constexpr (sizeof(T) == 4) {
+      to[i] = __uint_as_float(raw[i]);
+    } else {
+      unsigned short bits = raw[i / 2] >> (i % 2 * 16);
+      to[i] = to_float(*reinterpret_cast<T*>(&bits));
+    }
+  }
+}
+
+CONST int TABLE_COPIES = 32;  // a copy of a lookup table for every lane: no bank conflicts
+
+// A mask's entry as a summand of the score.
+FN float mask_value(bool seen) { return seen ? 0.0f : -2e30f; }
+FN float mask_value(float summand) { return summand; }

@@ -1,0 +1,84 @@
+"""Kernels from one source in three dialects: what Metal and CUDA compile, and how it is launched.
+
+A body (`attend.h`, ...) is written in the words of a dialect header; the kernel itself is a line
+that calls it. Programs compile lazily, because `mx.fast.cuda_kernel` raises without CUDA and
+`mx.fast.metal_kernel` with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+FOLDER = Path(__file__).parent
+# Names that the call of a body uses: the block's indices and the thread within it.
+PRELUDES = {
+    "cuda": "const uint3 block = blockIdx; const int thread = threadIdx.x;",
+    "metal": (
+        "const uint3 block = threadgroup_position_in_grid; "
+        "const int thread = thread_position_in_threadgroup.x;"
+    ),
+}
+
+
+def backend() -> str | None:
+    """The dialect of the default device: "cuda", "metal", or None on a CPU."""
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return None
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A kernel: the header files of its body, the statement that calls it, and its arguments."""
+
+    name: str
+    headers: tuple[str, ...]
+    call: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def header(self, dialect: str) -> str:
+        """The dialect and the bodies. CUDA's compiler includes them by itself: MLX copies and
+        hashes the source at every launch, so what it sees is kept short."""
+        files = [FOLDER / file for file in (f"dialect_{dialect}.h", *self.headers)]
+        if dialect == "cuda":
+            return "".join(f'#include "{file}"\n' for file in files)
+        return "\n".join(file.read_text() for file in files)
+
+    @cached_property
+    def _kernel(self) -> Any:
+        dialect = backend()
+        assert dialect is not None, "kernels need a GPU"
+        make = mx.fast.metal_kernel if dialect == "metal" else mx.fast.cuda_kernel
+        return make(
+            name=f"tqstack_{self.name}",
+            input_names=self.inputs,
+            output_names=self.outputs,
+            source=PRELUDES[dialect] + self.call,
+            header=self.header(dialect),
+        )
+
+    def __call__(
+        self,
+        inputs: Sequence[mx.array],
+        *,
+        template: dict[str, int | bool | mx.Dtype],
+        blocks: tuple[int, int, int],
+        threads: int,
+        outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
+    ) -> list[mx.array]:
+        """Launch `blocks` of `threads` each; outputs are (shape, dtype)."""
+        return self._kernel(
+            inputs=list(inputs),
+            template=list(template.items()),
+            grid=(blocks[0] * threads, *blocks[1:]),
+            threadgroup=(threads, 1, 1),
+            output_shapes=[shape for shape, _ in outputs],
+            output_dtypes=[dtype for _, dtype in outputs],
+        )

@@ -1,0 +1,86 @@
+"""Runs kernel programs in their C++ dialect: compiled by g++, launched on numpy arrays."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from tqstack.attention.kernels.program import Program
+
+COMPILER = shutil.which("g++")
+CACHE = Path(tempfile.gettempdir()) / "tqstack-cpp-kernels"
+_TYPES = {
+    mx.uint32: "uint32_t",
+    mx.uint8: "uint8_t",
+    mx.int32: "int32_t",
+    mx.float16: "half_t",
+    mx.float32: "float",
+    mx.bool_: "bool",
+}
+_POISON = {
+    mx.float32: float("nan"),
+    mx.float16: float("nan"),
+    mx.uint32: 0xA5A5A5A5,
+    mx.uint8: 0xA5,
+}
+_LAUNCHER = """
+{header}
+struct uint3 {{ int x, y, z; }};
+extern "C" void launch(const int* blocks, int threads, void** arguments) {{
+  {arguments}
+  {constants}
+  for (int bz = 0; bz < blocks[2]; bz++)
+    for (int by = 0; by < blocks[1]; by++)
+      for (int bx = 0; bx < blocks[0]; bx++) {{
+        const uint3 block = {{bx, by, bz}};
+        Block(threads, [&](int thread) {{ {call} }});
+      }}
+}}
+"""
+
+
+def run(program: Program, inputs, *, template, blocks, threads, outputs, metal_layout=False):
+    """`Program.__call__`, on the CPU. Outputs start as nonsense: what is not written shows."""
+    arguments = [
+        f"const auto {name} = (const {_TYPES[x.dtype]}*)arguments[{i}];"
+        for i, (name, x) in enumerate(zip(program.inputs, inputs, strict=True))
+    ]
+    arguments += [
+        f"const auto {name} = ({_TYPES[dtype]}*)arguments[{len(inputs) + i}];"
+        for i, (name, (_, dtype)) in enumerate(zip(program.outputs, outputs, strict=True))
+    ]
+    constants = [f"constexpr int {name} = {int(value)};" for name, value in template.items()]
+    source = _LAUNCHER.format(
+        header=program.header("cpp"),
+        arguments="\n  ".join(arguments),
+        constants="\n  ".join(constants),
+        call=program.call,
+    )
+    launch = _compile(("#define METAL_LAYOUT\n" if metal_layout else "") + source)
+    arrays = [np.ascontiguousarray(np.array(x)) for x in inputs]
+    arrays += [np.array(mx.full(shape, _POISON[dtype], dtype=dtype)) for shape, dtype in outputs]
+    pointers = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
+    launch((ctypes.c_int * 3)(*blocks), threads, pointers)
+    return [mx.array(a) for a in arrays[len(inputs) :]]
+
+
+@cache
+def _compile(source: str):
+    CACHE.mkdir(exist_ok=True)
+    library = CACHE / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            path, built = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
+            path.write_text(source)
+            flags = ["-std=c++17", "-O1", "-Wall", "-Wno-unused", "-shared", "-fPIC"]
+            subprocess.run([COMPILER, *flags, path, "-o", built], check=True)
+            built.rename(library)  # at once, for test runs beside this one
+    return ctypes.CDLL(str(library)).launch
