@@ -105,6 +105,8 @@ class Scripted:
     health: dict[str, Any] = field(default_factory=lambda: {"status": "ok"})
     health_status: int = 200
     contexts: dict[str, int] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # other paths that it answers
+    silent: bool = False  # to its probes
     seen: list[Seen] = field(default_factory=list)
     probes: int = 0
     connections: int = 0
@@ -147,7 +149,13 @@ class Scripted:
         wire = Wire(seen, writer)
         if seen.method == "GET":
             self.probes += 1
-            if seen.path == "/health":
+            if self.silent:
+                await asyncio.sleep(30)
+            if seen.path in self.extra:
+                await wire.answer(200, json.dumps(self.extra[seen.path]).encode())
+            elif seen.path.startswith("/api/"):
+                await wire.answer(404, b"404 page not found", "text/plain")
+            elif seen.path == "/health":
                 await wire.answer(self.health_status, json.dumps(self.health).encode())
             else:
                 data = [{"id": m, "context_length": self.contexts.get(m)} for m in self.models]

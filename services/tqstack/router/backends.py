@@ -25,6 +25,7 @@ RETRY_SECONDS = (0.25, 0.5, 1.0, 2.0)
 _CHAT_ONLY = ("/v1/responses", "/v1/messages")  # the sidecar: translation is the router's work
 # What the sidecar cannot do, unless its `/health` lists it under `capabilities`.
 _SIDECAR_LACKS = frozenset({"embeddings", "images"})
+_LOADED = "/api/ps"
 _LARGEST_PROBE = 8 << 20
 
 
@@ -59,6 +60,8 @@ class Backend:
         self._upstream = upstream
         self._model = model
         self._probe: asyncio.Task[None] | None = None
+        self._probed_at = float("-inf")
+        self._freshening: asyncio.Task[None] | None = None
         self._doubt = asyncio.Event()
         self._last_byte = float("-inf")
         # Paths that it answers with 404; asked again after it was away.
@@ -174,14 +177,21 @@ class Backend:
             self._probe = asyncio.create_task(self._check())
         await asyncio.shield(self._probe)
 
+    def freshen(self, seconds: float) -> None:
+        """Probes behind the scenes, if the last probe is older than this: somebody is looking."""
+        if self.enabled and time.monotonic() - self._probed_at > seconds:
+            self._probed_at = time.monotonic()
+            self._freshening = asyncio.create_task(self.check())
+
     async def _check(self) -> None:
+        self._probed_at = time.monotonic()
         try:
             async with asyncio.timeout(PROBE_SECONDS):
                 health = await self._ask()
         except TimeoutError:
-            if time.monotonic() - self._last_byte < KEEP_SECONDS:
-                return  # too busy for a probe, but its answers come
             health = replace(self.health, state="down", detail="does not answer its probes")
+            if time.monotonic() - self._last_byte < KEEP_SECONDS:
+                health = self.health  # too busy for a probe, but its answers come
         except (UpstreamError, ValueError, TypeError) as error:
             health = replace(self.health, state="down", detail=str(error))
         self._set(replace(health, asked=True))
@@ -203,14 +213,34 @@ class Backend:
         if status != 200:
             raise ValueError(f"/v1/models answers {status}")
         entries = listing.get("data") or []
-        models = tuple(e for e in entries if isinstance(e, dict) and isinstance(e.get("id"), str))
-        return Health("up", models, report, "answers its probes")
+        models = [e for e in entries if isinstance(e, dict) and isinstance(e.get("id"), str)]
+        if self.name == "ollama":
+            loaded = await self._loaded_contexts()
+            models = [{**e, "context_length": loaded.get(e["id"], _context(e))} for e in models]
+        return Health("up", tuple(models), report, "answers its probes")
+
+    async def _loaded_contexts(self) -> dict[str, int]:
+        """Tokens that Ollama's loaded models can hold. Past that it drops the oldest messages of a
+        chat, and says nothing. Other servers do not know the path."""
+        if not self.speaks(_LOADED):
+            return {}
+        try:
+            status, listing = await self._get(_LOADED)
+        except ValueError:
+            status, listing = 404, {}
+        if status != 200:
+            self.does_not_speak(_LOADED)
+        return {
+            entry["name"]: entry["context_length"]
+            for entry in listing.get("models") or ()
+            if isinstance(entry.get("name"), str) and isinstance(entry.get("context_length"), int)
+        }
 
     async def _get(self, path: str) -> tuple[int, dict[str, Any]]:
-        answer = await self._upstream.send("GET", self.url + path, b"", {}, PROBE_SECONDS)
+        answer = await self._upstream.send("GET", self.url + path, b"", {}, 2 * PROBE_SECONDS)
         try:
             body = bytearray()
-            while chunk := await answer.read(PROBE_SECONDS):
+            while chunk := await answer.read(2 * PROBE_SECONDS):
                 body += chunk
                 if len(body) > _LARGEST_PROBE:
                     raise ValueError(f"{path} answers more than {_LARGEST_PROBE} bytes")

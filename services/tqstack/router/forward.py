@@ -207,7 +207,7 @@ class Exchange:
             body = with_model(self._body, self._request, step.model)
         else:
             body, path = orjson.dumps({**self._chat, "model": step.model}), _CHAT
-        relay = Relay(step.backend, services.settings, services.upstream, client, record)
+        relay = Relay(backend, services.settings, services.upstream, client, record)
         if dialect and not native:
             relay.translate(dialect, self._request)
         self._relay = relay

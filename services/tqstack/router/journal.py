@@ -87,7 +87,7 @@ class Record:
             "tokens_per_second": round(1 / gap, 1) if gap else None,
             "status": self.status,
             "outcome": self.outcome or "running",
-            "error": self.error,
+            "error": self.error[:300],
         }
 
     def mark_first_token(self) -> None:

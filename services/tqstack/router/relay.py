@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from tqstack.router import failure as failures
+from tqstack.router.backends import Backend
 from tqstack.router.client import Client, encode
 from tqstack.router.dialects import Dialect
 from tqstack.router.failure import Failure
@@ -40,10 +41,16 @@ class Relay:
     """
 
     def __init__(
-        self, name: str, settings: Settings, upstream: Upstream, client: Client, record: Record
+        self,
+        backend: Backend,
+        settings: Settings,
+        upstream: Upstream,
+        client: Client,
+        record: Record,
     ):
         self.watch = StreamWatch()
-        self._name = name
+        self._backend = backend
+        self._name = backend.name
         self._settings = settings
         self._upstream = upstream
         self._client = client
@@ -124,6 +131,7 @@ class Relay:
             chunk = await answer.read(gap)
             if not chunk:
                 break
+            self._backend.answered()
             ready = watch.feed(chunk)
             if translated:
                 ready = translated.feed(ready)

@@ -17,6 +17,7 @@ _PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_FRESH_SECONDS = 2.0  # how old a state may be while somebody looks
 
 
 def _services(request: Request) -> Services:
@@ -45,6 +46,8 @@ async def health(request: Request) -> Response:
 async def status(request: Request) -> Response:
     """Everything that the status page and `tqstack top` show."""
     services = _services(request)
+    for backend in services.backends.values():
+        backend.freshen(_FRESH_SECONDS)
     journal = services.journal
     return JSONResponse(
         {
