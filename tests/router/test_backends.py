@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 
+import pytest
+
 from router.scripted import SSE, Wire, delta, says
 from router.stack import LONG, Stack, answer_of
 from tqstack.router import backends
@@ -144,3 +146,24 @@ def test_the_status_page_s_look_refreshes_what_is_known():
         while "cache" not in stack.http.get("/status").json()["backends"]["sidecar"]["health"]:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logprobs": True},
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
+    ],
+)
+def test_what_the_sidecar_cannot_do_goes_to_ollama_however_long(fields):
+    with Stack() as stack:
+        response = stack.chat(LONG, **fields)
+        assert response.headers["x-tqstack-backend"] == "ollama"
+        assert response.headers["x-tqstack-reason"] == "features"
+        assert (
+            stack.chat(LONG, response_format={"type": "text"}, tools=[]).headers[
+                "x-tqstack-backend"
+            ]
+            == "sidecar"
+        )

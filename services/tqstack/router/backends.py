@@ -24,7 +24,7 @@ PROBE_SECONDS = 2.0
 RETRY_SECONDS = (0.25, 0.5, 1.0, 2.0)
 _CHAT_ONLY = ("/v1/responses", "/v1/messages")  # the sidecar: translation is the router's work
 # What the sidecar cannot do, unless its `/health` lists it under `capabilities`.
-_SIDECAR_LACKS = frozenset({"embeddings", "images"})
+_SIDECAR_LACKS = frozenset({"embeddings", "images", "logprobs", "json_object", "json_schema"})
 _LOADED = "/api/ps"
 _LARGEST_PROBE = 8 << 20
 

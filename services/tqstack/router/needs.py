@@ -8,11 +8,11 @@ _NONE: frozenset[str] = frozenset()
 
 
 def needs_of(request: dict[str, Any], images: int = 0) -> frozenset[str]:
-    """Features that the request uses: `tools`, `logprobs`, `json_schema`, `images`."""
+    """Features that it uses: `tools`, `logprobs`, `json_object`, `json_schema`, `images`."""
     found = [name for name in ("tools", "logprobs") if request.get(name)]
     form = request.get("response_format")
-    if isinstance(form, dict) and form.get("type") == "json_schema":
-        found.append("json_schema")
+    if isinstance(form, dict) and form.get("type") in ("json_object", "json_schema"):
+        found.append(form["type"])
     if images:
         found.append("images")
     return frozenset(found) if found else _NONE

@@ -13,7 +13,7 @@ import orjson
 from tqstack.bench.router.targets import Target
 
 SMALL, LARGE = 500, 500_000  # bytes of a request
-_SENT_AT = re.compile(rb'"content":"(\d+\.\d+) ')
+_SENT_AT = re.compile(rb'"content": ?"(\d+\.\d+) ')
 _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 _PATH = "/v1/chat/completions"
 
