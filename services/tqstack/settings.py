@@ -86,6 +86,9 @@ class Settings(BaseSettings):
         "info", description="how much is logged"
     )
     tq_kv_bits: str = Field("4", description="bits per cached value: 1-8, 3.5, k4v3, ...")
+    tq_kv_code: Literal["lloyd", "trellis"] = Field(
+        "lloyd", description="scalar code of the paper, or the closer and slower trellis"
+    )
     tq_kv_group_size: Literal["auto"] | Annotated[int, Field(ge=8, le=512)] = Field(
         "auto", description="values that share a scale; auto: all (turboquant), 64 (affine)"
     )

@@ -126,7 +126,7 @@ def test_trim_takes_the_last_tokens_away():
 def test_save_and_load_are_exact(tmp_path, spec):
     rng = np.random.default_rng(0)
     caches = [single(rng, 30, spec), TurboQuantKVCache.merge([single(rng, 5), single(rng, 9)])]
-    caches.append(TurboQuantKVCache("tq3", "tq4"))
+    caches.append(TurboQuantKVCache("tq3/tq4"))
     path = str(tmp_path / "cache.safetensors")
     mlx_cache.save_prompt_cache(path, caches)
     loaded = mlx_cache.load_prompt_cache(path)

@@ -14,7 +14,7 @@ from tqstack.attention.cache import TurboQuantKVCache
 from tqstack.attention.dispatch import NotCompressedError, prove
 from tqstack.attention.hybrid import (
     convert_cache_to_turboquant,
-    layer_specs,
+    layer_bits,
     make_turboquant_cache,
     softmax_entries,
 )
@@ -41,7 +41,7 @@ def test_entries_that_are_not_plain_kv_caches_are_left_alone():
 
 
 def test_boundary_layers_count_softmax_layers_from_both_ends():
-    exact = [keys == "none" for keys, _ in layer_specs(10, "tq4", "tq3", 2)]
+    exact = [bits == "none" for bits in layer_bits(10, 4, 2)]
     assert exact == [True] * 2 + [False] * 6 + [True] * 2
 
 
@@ -69,7 +69,7 @@ def test_plain_mlx_lm_generate_takes_the_cache(demo):
 def test_an_exact_prefill_can_be_compressed_afterwards(demo):
     exact = make_prompt_cache(demo.model)
     logits(demo, exact, TOKENS[:300])
-    converted = convert_cache_to_turboquant(demo.model, exact)
+    converted = convert_cache_to_turboquant(exact)
     assert converted[0] is exact[0] and converted[3].length == exact[3].offset == 300
     assert converted[3].nbytes < exact[3].nbytes / 6  # float32 on the CPU
     after = logits(demo, converted, TOKENS[300:310])
@@ -109,8 +109,7 @@ def test_the_proof_fails_loudly_if_nothing_can_be_compressed(demo):
 
 
 def test_the_proof_fails_loudly_if_a_layer_bypasses_the_compressed_path(demo, monkeypatch):
-    attention = demo.model.layers[7].self_attn
-    scope = type(attention).__call__.__globals__
+    scope = type(demo.model.layers[7].self_attn).__call__.__globals__
     cache = make_turboquant_cache(demo.model)
 
     def bypass(queries, keys, values, **_):

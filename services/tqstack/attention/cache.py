@@ -14,6 +14,7 @@ from mlx_lm.models import cache as mlx_cache
 from mlx_lm.models.base import create_causal_mask
 
 from tqstack.attention.kernels.choose import attention, encode_pair
+from tqstack.attention.specs import Bits, codec_specs
 from tqstack.turboquant.codec import Codec, make_codec
 
 Planes = tuple[mx.array, ...]
@@ -29,16 +30,14 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
     has `BatchKVCache` (left-padded sequences, `offset` an array). Only `attend` reads it.
 
     Args:
-        key_spec: codec of the keys, such as "tq4" (see `tqstack.turboquant.codec.make_codec`).
-        value_spec: codec of the values; the keys' if left out.
+        bits: of a value: 4, 3.5, "k4v3", or codecs by name (`tqstack.attention.specs`).
     """
 
     # Tokens by which the planes grow: slack costs little, and growing stays rare.
     step = 256
 
-    def __init__(self, key_spec: str = "tq4", value_spec: str | None = None):
-        self.key_spec = key_spec
-        self.value_spec = value_spec or key_spec
+    def __init__(self, bits: Bits = 4):
+        self.key_spec, self.value_spec = codec_specs(bits)
         self.keys: Planes | None = None
         self.values: Planes | None = None
         self.head_dims = (0, 0)
@@ -182,7 +181,7 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
     # -- batches -----------------------------------------------------------------------------
 
     def _like(self) -> TurboQuantKVCache:
-        cache = TurboQuantKVCache(self.key_spec, self.value_spec)
+        cache = TurboQuantKVCache(f"{self.key_spec}/{self.value_spec}")
         cache.head_dims = self.head_dims
         return cache
 

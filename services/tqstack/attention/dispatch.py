@@ -1,54 +1,50 @@
-"""Making a model's attention go through the compressed cache, and proving that it does.
+"""Making models' attention go through the compressed cache, and proving that it does.
 
 A model's attention calls `scaled_dot_product_attention` as a global of the module that defines its
-class, bound there at import. That very name is replaced, in that very module.
+class, bound there at import. That name is replaced in every loaded module that holds it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
-from functools import wraps
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models import base
 
 from tqstack.attention.cache import TurboQuantKVCache
 
 NAME = "scaled_dot_product_attention"
-MARK = "reads_compressed_caches"
+_plain = base.scaled_dot_product_attention
 
 
 class NotCompressedError(RuntimeError):
     """The model would run, but not through the compressed cache. Never ignored."""
 
 
-def install(model: nn.Module) -> None:
-    """Let every attention of `model` read compressed caches. Other caches are served as before."""
-    for module in model.modules():
-        scope = getattr(type(module).__call__, "__globals__", {})
-        original = scope.get(NAME)
-        if original is not None and not hasattr(original, MARK):
-            scope[NAME] = _reading_compressed(original)
+def install() -> None:
+    """Let every model that is loaded read compressed caches. Other caches are served as before."""
+    for module in list(sys.modules.values()):
+        scope = getattr(module, "__dict__", {})
+        if scope.get(NAME) is _plain:
+            scope[NAME] = attention
 
 
-def _reading_compressed(original):
-    @wraps(original)
-    def attention(
-        queries: mx.array,
-        keys: Any,
-        values: Any,
-        cache: Any = None,
-        scale: float = 1.0,
-        mask: mx.array | str | None = None,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
-        if isinstance(keys, TurboQuantKVCache):
-            return keys.attend(queries, scale=scale, mask=mask, sinks=sinks)
-        return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
-
-    setattr(attention, MARK, True)
-    return attention
+def attention(
+    queries: mx.array,
+    keys: Any,
+    values: Any,
+    cache: Any,
+    scale: float,
+    mask: Any = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """`mlx_lm.models.base.scaled_dot_product_attention`, and compressed caches too."""
+    if isinstance(keys, TurboQuantKVCache):
+        return keys.attend(queries, scale=scale, mask=mask, sinks=sinks)
+    return _plain(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
 
 
 def prove(model: nn.Module, cache: list[Any], tokens: Iterable[int] = (0, 1, 2)) -> list[int]:

@@ -9,6 +9,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from tqstack.attention.cache import TurboQuantKVCache
 from tqstack.attention.dispatch import install
+from tqstack.attention.specs import Bits
 
 EXACT = "none"  # the codec that stores values as they are
 
@@ -22,55 +23,34 @@ def softmax_entries(cache: list[Any]) -> list[int]:
     return [i for i, entry in enumerate(cache) if type(entry) is KVCache]
 
 
-def layer_specs(
-    count: int, key_spec: str, value_spec: str, boundary_layers: int
-) -> list[tuple[str, str]]:
-    """Codecs of `count` softmax layers; the first and last `boundary_layers` of them stay exact."""
+def layer_bits(count: int, bits: Bits, boundary_layers: int) -> list[Bits]:
+    """Bits of `count` softmax layers; the first and last `boundary_layers` of them stay exact."""
     return [
-        (EXACT, EXACT)
-        if min(ordinal, count - 1 - ordinal) < boundary_layers
-        else (key_spec, value_spec)
+        EXACT if min(ordinal, count - 1 - ordinal) < boundary_layers else bits
         for ordinal in range(count)
     ]
 
 
-def make_turboquant_cache(
-    model: nn.Module,
-    key_spec: str = "tq4",
-    value_spec: str | None = None,
-    boundary_layers: int = 0,
-) -> list[Any]:
+def make_turboquant_cache(model: nn.Module, bits: Bits = 4, boundary_layers: int = 0) -> list[Any]:
     """A cache for `model` whose softmax layers are compressed; works with `mlx_lm.generate`.
 
     Args:
-        key_spec, value_spec: codecs, see `tqstack.turboquant.codec.make_codec`; values as keys if
-            None.
+        bits: of a value: 4, 3.5, "k4v3", or codecs by name (`tqstack.attention.specs`).
         boundary_layers: softmax layers at either end that keep 16 bits; recurrent layers do not
             count.
     """
-    install(model)
-    cache = make_prompt_cache(model)
-    entries = softmax_entries(cache)
-    specs = layer_specs(len(entries), key_spec, value_spec or key_spec, boundary_layers)
-    for i, (keys, values) in zip(entries, specs, strict=True):
-        cache[i] = TurboQuantKVCache(keys, values)
-    return cache
+    return convert_cache_to_turboquant(make_prompt_cache(model), bits, boundary_layers)
 
 
 def convert_cache_to_turboquant(
-    model: nn.Module,
-    cache: list[Any],
-    key_spec: str = "tq4",
-    value_spec: str | None = None,
-    boundary_layers: int = 0,
+    cache: list[Any], bits: Bits = 4, boundary_layers: int = 0
 ) -> list[Any]:
     """The same context compressed, after an exact prefill. `cache` itself is left as it is."""
-    install(model)
+    install()
     entries = softmax_entries(cache)
-    specs = layer_specs(len(entries), key_spec, value_spec or key_spec, boundary_layers)
     converted = list(cache)
-    for i, (keys, values) in zip(entries, specs, strict=True):
-        converted[i] = TurboQuantKVCache(keys, values)
+    for i, layer in zip(entries, layer_bits(len(entries), bits, boundary_layers), strict=True):
+        converted[i] = TurboQuantKVCache(layer)
         if not cache[i].empty():
             converted[i].update_and_fetch(*cache[i].keys_and_values())
     return converted

@@ -119,8 +119,7 @@ def maker(model: nn.Module, codec: str) -> Callable[[], list[Any]]:
     """How a codec's cache is made; "keys/values" names two codecs."""
     if codec == EXACT:
         return lambda: make_prompt_cache(model)
-    keys, _, values = codec.partition("/")
-    return lambda: make_turboquant_cache(model, keys, values or None)
+    return lambda: make_turboquant_cache(model, codec)
 
 
 def windows(tokens: np.ndarray, plan: Plan) -> Iterator[np.ndarray]:

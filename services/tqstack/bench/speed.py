@@ -18,6 +18,7 @@ import numpy as np
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 
 from tqstack.attention.hybrid import make_turboquant_cache, softmax_entries
+from tqstack.attention.specs import Bits
 
 FILL_STEP = 16_384  # tokens of made-up context that are stored at once
 
@@ -52,9 +53,7 @@ class Workload:
 MakeCache = Callable[[], list[Any]]
 
 
-def backends(
-    model: nn.Module, name: str, key_spec: str = "tq4", value_spec: str | None = None
-) -> dict[str, MakeCache]:
+def backends(model: nn.Module, name: str, bits: Bits = 4) -> dict[str, MakeCache]:
     """How each backend makes its cache: plain, mlx-lm's 4-bit one, compressed; or all of them."""
 
     def quantized() -> list[Any]:
@@ -66,7 +65,7 @@ def backends(
     known: dict[str, MakeCache] = {
         "baseline": lambda: make_prompt_cache(model),
         "mlx_quant": quantized,
-        "turboquant": lambda: make_turboquant_cache(model, key_spec, value_spec),
+        "turboquant": lambda: make_turboquant_cache(model, bits),
     }
     return known if name == "all" else {name: known[name]}
 

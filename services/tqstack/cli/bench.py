@@ -32,7 +32,7 @@ def speed(
     shape: Annotated[str, typer.Option(help="random weights of this geometry instead")] = "",
     layers: Annotated[int, typer.Option(help="of the shape; 0: all")] = 0,
     backend: Annotated[Backend, typer.Option(help="which caches to compare")] = "all",
-    codec: Annotated[str, typer.Option(help="of turboquant: a spec, or keys/values")] = "tq4",
+    bits: Annotated[str, typer.Option(help="of turboquant: 4, k4v3, or codecs by name")] = "4",
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 1000,
     generation_tokens: Annotated[int, typer.Option(min=1)] = 64,
     context: Annotated[str, typer.Option(help="tokens in the cache before the prompt")] = "0",
@@ -57,8 +57,7 @@ def speed(
         network = shapes.build(shape, layers or None) if shape else load_model(model).model
     except ModelNotFoundError as error:
         fail(str(error), 2)
-    keys, _, values = codec.partition("/")
-    caches = backends(network, backend, keys, values or None)
+    caches = backends(network, backend, bits)
     works = [Workload(c, prompt_tokens, generation_tokens, prefill_step) for c in numbers(context)]
     tokens = demo_model.held_out_tokens().astype(np.int32)
     steps = measure(network, caches, works, tokens, trials)
@@ -71,7 +70,7 @@ def speed(
     about = {
         "model": shape or model,
         "device": mx.device_info().get("device_name", str(mx.default_device())),
-        "codec": codec,
+        "bits": bits,
         "trials": trials,
     }
     _print_speed(rows)

@@ -92,10 +92,10 @@ class Generation:
         parts = [] if token.finish_reason == "stop" else self._reader.feed(token.id)
         return parts + self._reader.finish() if token.finish_reason else parts
 
-    def _reason(self, last: Token | Removed) -> str:
+    def _reason(self, last: Event) -> str:
         if self._reader.tool_calls:
             return "tool_calls"
-        if self._reader.stopped or isinstance(last, Removed):
+        if self._reader.stopped or not isinstance(last, Token):
             return "stop"
         return last.finish_reason or "stop"
 

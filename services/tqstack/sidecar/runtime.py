@@ -55,7 +55,7 @@ class Runtime:
     def new_cache(self) -> list[Any]:
         if self.specs is None:
             return make_prompt_cache(self.model)
-        return make_turboquant_cache(self.model, *self.specs, self.boundary_layers)
+        return make_turboquant_cache(self.model, "/".join(self.specs), self.boundary_layers)
 
     @property
     def codec(self) -> str:
@@ -99,6 +99,7 @@ def cache_specs(settings: Settings) -> tuple[str, str] | None:
             group_size=None if group == "auto" else group,
             rotation=settings.tq_use_rotation,
             normalization=settings.tq_use_normalization,
+            code=settings.tq_kv_code,
         )
     except ValueError as error:
         raise SettingsError(str(error)) from None
