@@ -14,7 +14,7 @@ does not need, says whether the stream codes the vector or its mirror image.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.resources import files
 
 import mlx.core as mx
@@ -27,6 +27,7 @@ from .viterbi import tail_biting_path
 
 WINDOWS = (8,)
 BITS = (1, 2, 3, 4)
+Search = Callable[[mx.array], tuple[mx.array, mx.array]]
 _BATCH = 128  # vectors per search: its working set stays in the L2 cache
 
 
@@ -54,10 +55,6 @@ class TrellisCodec:
         self._rotation = make_rotation("hadamard", dim, seed)
         self.codebook = trained_codebook(bits, window)
         self._pairs = _pair_table(bits, window)
-        # A GPU's own search may take this place; see search_on_cpu for what it promises.
-        self.search: Callable[[mx.array], tuple[mx.array, mx.array]] = partial(
-            search_on_cpu, codebook=self.codebook, bits=bits
-        )
 
     @property
     def bits_per_value(self) -> float:
@@ -72,10 +69,11 @@ class TrellisCodec:
     def unrotate(self, x: mx.array) -> mx.array:
         return self._rotation.inverse(x.astype(mx.float32))
 
-    def encode(self, x: mx.array) -> tuple[mx.array, mx.array]:
+    def encode(self, x: mx.array, search: Search | None = None) -> tuple[mx.array, mx.array]:
+        """search: another way, such as a kernel, to do what `search` does."""
         y, magnitude = scaling.bounded(x)
         y, norm = scaling.standardised(self.rotate(y))
-        codes, reach = self.search(y.reshape(x.size // self.dim, self.dim))
+        codes, reach = (search or self.search)(y.reshape(x.size // self.dim, self.dim))
         reach = mx.where(reach == 0, 1.0, reach).reshape(norm.shape)  # of a vector of zeros
         scale = magnitude * norm / reach
         return pack(codes.reshape(x.shape), self.bits), scaling.stored(scale)
@@ -87,27 +85,26 @@ class TrellisCodec:
         levels = levels.reshape(*stream.shape[:-1], self.dim)
         return (levels * scales.astype(mx.float32)).astype(dtype)
 
+    def search(self, y: mx.array) -> tuple[mx.array, mx.array]:
+        """The codes nearest to each vector or to its mirror image, whichever are nearer.
 
-def search_on_cpu(y: mx.array, codebook: np.ndarray, bits: int) -> tuple[mx.array, mx.array]:
-    """The codes nearest to each vector or to its mirror image, whichever are nearer.
-
-    y: (vectors, d) of norm sqrt(d). Returns codes (vectors, d) uint8, and how far the vectors that
-    they stand for reach along y (vectors,), negative for mirrored ones.
-    """
-    values = np.array(y)
-    codes, reach = np.empty(values.shape, np.uint8), np.ones(len(values), np.float32)
-    for start in range(0, len(values), _BATCH):
-        batch = slice(start, start + _BATCH)
-        x = np.ascontiguousarray(values[batch].T)
-        x = np.concatenate([x, -x], axis=1)
-        states = tail_biting_path(x, codebook, bits)
-        levels = codebook[states]
-        along = (levels * x).sum(axis=0) / len(x) ** 0.5
-        plain, mirrored = np.split(along / np.linalg.norm(levels, axis=0), 2)
-        chosen = np.arange(len(plain)) + np.where(mirrored > plain, len(plain), 0)
-        codes[batch] = states[:, chosen].T % (1 << bits)
-        reach[batch] = np.where(mirrored > plain, -along[chosen], along[chosen])
-    return mx.array(codes), mx.array(reach)
+        y: (vectors, d) of norm sqrt(d). Returns codes (vectors, d) of any integer type, and how
+        far the vectors that they stand for reach along y (vectors,), negative for mirrored ones.
+        """
+        values = np.array(y)
+        codes, reach = np.empty(values.shape, np.uint8), np.ones(len(values), np.float32)
+        for start in range(0, len(values), _BATCH):
+            batch = slice(start, start + _BATCH)
+            x = np.ascontiguousarray(values[batch].T)
+            x = np.concatenate([x, -x], axis=1)
+            states = tail_biting_path(x, self.codebook, self.bits)
+            levels = self.codebook[states]
+            along = (levels * x).sum(axis=0) / len(x) ** 0.5
+            plain, mirrored = np.split(along / np.linalg.norm(levels, axis=0), 2)
+            chosen = np.arange(len(plain)) + np.where(mirrored > plain, len(plain), 0)
+            codes[batch] = states[:, chosen].T % (1 << self.bits)
+            reach[batch] = np.where(mirrored > plain, -along[chosen], along[chosen])
+        return mx.array(codes), mx.array(reach)
 
 
 def pair_windows(stream: mx.array, bits: int, window: int) -> mx.array:

@@ -12,10 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from tqstack.attention.kernels import decode, encode
+from tqstack.attention.kernels import decode, encode, trellis_search
 from tqstack.attention.kernels.program import backend
 from tqstack.attention.tiled import tiled_attention
 from tqstack.turboquant.codec import Codec
+from tqstack.turboquant.trellis import TrellisCodec
 
 TOLERANCE = 1e-3  # relative error of an output against the twin
 Planes = tuple[mx.array, ...]
@@ -29,7 +30,13 @@ def encode_pair(
     """Compress (B, KV heads, L, head_dim) keys and values."""
     if encode.serves(key_codec, value_codec) and trusted("encode", key_codec, value_codec):
         return encode.encode(keys, values, key_codec, value_codec)
-    return key_codec.encode(keys), value_codec.encode(values)
+    return _encode(keys, key_codec), _encode(values, value_codec)
+
+
+def _encode(x: mx.array, codec: Any) -> Planes:
+    if x.size and isinstance(codec, TrellisCodec) and trusted("search", codec, codec):
+        return trellis_search.encode(codec, x)
+    return codec.encode(x)
 
 
 def attention(
@@ -49,14 +56,15 @@ def attention(
 
 
 def trusted(kernel: str, key_codec: Codec, value_codec: Codec) -> bool:
-    """Whether this machine has a GPU whose kernel ("encode" or "decode") agrees with its twin."""
+    """Whether this machine has a GPU whose kernel agrees with its twin: "encode", "search" (of
+    trellis codes) or "decode"."""
     return backend() is not None and disagreement(kernel, key_codec, value_codec) is None
 
 
 @lru_cache(maxsize=64)
 def disagreement(kernel: str, key_codec: Codec, value_codec: Codec) -> str | None:
     """Why the kernel must not be used for these codecs, or None. Needs a GPU."""
-    check = {"encode": _encode_error, "decode": _decode_error}[kernel]
+    check = {"encode": _encode_error, "search": _search_error, "decode": _decode_error}[kernel]
     try:
         error = check(key_codec, value_codec)
     except Exception as failure:  # whatever the compiler says
@@ -89,6 +97,14 @@ def _encode_error(key_codec: Any, value_codec: Any) -> float:
         for codec, x, got in zip((key_codec, value_codec), (keys, values), planes, strict=True)
     ]
     return max(errors, key=abs)
+
+
+def _search_error(codec: Any, _: Any) -> float:
+    """How much farther from the vectors the kernel's codes are than the twin's, or nearer."""
+    x = _random(64, codec.dim, seed=codec.dim)
+    got, want = trellis_search.encode(codec, x), codec.encode(x)
+    rotated = codec.rotate(x)
+    return _distance(codec.decode(got), rotated) - _distance(codec.decode(want), rotated)
 
 
 def _decode_error(key_codec: Any, value_codec: Any) -> float:
