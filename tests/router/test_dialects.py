@@ -245,7 +245,7 @@ def test_an_answer_that_was_cut_short_is_incomplete(stack):
 
 def test_responses_input_reaches_the_backend_as_chat(stack):
     stack.openai.responses.create(
-        model="tq:",
+        model="ollama:",
         instructions="be brief",
         input=[
             {"role": "developer", "content": "always"},
@@ -258,7 +258,7 @@ def test_responses_input_reaches_the_backend_as_chat(stack):
         text={"format": {"type": "json_schema", "name": "x", "schema": TOOL}},
         max_output_tokens=50,
     )
-    sent = stack.sidecar.seen[0].json
+    sent = stack.ollama.seen[-1].json
     assert [m["role"] for m in sent["messages"]] == [
         "system", "system", "user", "assistant", "tool",
     ]  # fmt: skip

@@ -103,6 +103,10 @@ ROWS = [
         "error",
     ),
     Row(
+        "done, and nothing else",
+        lambda s: raw(head(s), chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"),
+    ),
+    Row(
         "an error event first",
         lambda s: raw(head(s), chunk(b'data: {"error": {"message": "oh"}}\n\n'), b"0\r\n\r\n"),
     ),

@@ -50,6 +50,7 @@ def route(request, seen):
         (ask("tq:"), views("down"), ("ollama", "sidecar-down", "sidecar", None)),
         # Switched off is not missing.
         (ask(tokens=5000), views("off"), ("ollama", "only-backend", None, None)),
+        (ask("tq:"), views("off"), ("ollama", "sidecar-off", "sidecar", None)),
         # A sick backend is still better than none.
         (ask(), views("down", "sick"), ("ollama", "short-prompt", None, None)),
         # What cannot hold the prompt is no choice and no fallback.

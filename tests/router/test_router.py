@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 
@@ -171,6 +172,7 @@ def test_after_the_first_byte_a_failure_is_an_error_event(stack):
     async def script(wire: Wire) -> None:
         await wire.raw(SSE)
         await wire.chunk(delta("one "))
+        await asyncio.sleep(0.05)
         await wire.chunk(delta("two ")[:20])
         wire.cut()
 
@@ -202,6 +204,7 @@ def test_a_stream_that_ends_without_a_finish_reason_is_a_failure(stack):
         async def script(wire: Wire, tail: bytes = tail) -> None:
             await wire.raw(SSE)
             await wire.chunk(delta("half"))
+            await asyncio.sleep(0.05)
             if tail:
                 await wire.chunk(tail)
             await wire.end()
@@ -248,8 +251,6 @@ def test_models_are_still_listed_when_a_backend_is_gone():
 
 def test_a_client_that_goes_away_cancels_the_backend_at_once(stack):
     async def script(wire: Wire) -> None:
-        import asyncio
-
         await asyncio.sleep(20)
 
     stack.ollama.script = script

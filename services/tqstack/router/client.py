@@ -100,6 +100,8 @@ class Client:
     async def fail(self, error: ApiError, headers: Headers = ()) -> None:
         """The error as the whole answer, or as the last event of a stream that has begun."""
         dialect = self._dialect
+        if self.finished:
+            return
         if self.started:
             await self.finish(dialect.error_event(error) if dialect else event(error.body))
         else:

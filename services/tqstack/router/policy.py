@@ -140,11 +140,11 @@ def decide(ask: Ask, views: Mapping[Name, View], threshold: int) -> Decision:
     ready.sort(key=lambda view: _RANK[view.state])
     chosen = ready[0]
     # A backend that was set aside for its state, or against a prefix, is named as missing.
-    wanted = forced if forced and views[forced].state != "off" else capable[0].name
+    wanted = forced or capable[0].name
     missing: Name | None = None
     if chosen.name != wanted:
         missing, state = wanted, views[wanted].state
-        reason = f"{wanted}-{state}" if state in ("sick", "loading", "down") else reason
+        reason = reason if state == "up" else f"{wanted}-{state}"
     following, why = None, ""
     if len(ready) > 1:
         other = ready[1]

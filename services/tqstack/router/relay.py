@@ -80,7 +80,7 @@ class Relay:
             if record.stream:
                 await self._stream(answer, await self._first_event(answer, limit))
             else:
-                await self._body(answer, await self._whole(answer, limit))
+                await self._body(answer, limit)
         except UpstreamError as error:
             kind, status = error.kind, _STATUSES.get(error.kind, 502)
             if kind == "timeout" and record.first_token is not None:
@@ -113,6 +113,8 @@ class Relay:
                 raise failures.broken("unfinished", message)
             ready += self.watch.feed(chunk)
         self._check_error()
+        if self.watch.done and not self.watch.whole:
+            raise failures.broken("unfinished", f"{self._name} ended its stream without an answer")
         return bytes(ready)
 
     async def _stream(self, answer: Answer, ready: bytes) -> None:
@@ -151,38 +153,41 @@ class Relay:
 
     # Answers in one piece.
 
-    async def _whole(self, answer: Answer, limit: float) -> bytes:
-        """The body, or its beginning if it is too large to be held."""
-        body = bytearray()
-        while chunk := await answer.read(limit):
+    async def _body(self, answer: Answer, limit: float) -> None:
+        client, body, ended = self._client, bytearray(), False
+        while len(body) <= _LARGEST_HELD and not ended:
+            chunk = await answer.read(limit)
             body += chunk
-            if len(body) > _LARGEST_HELD:
-                return bytes(body)
-        try:
-            value = orjson.loads(body)
-        except orjson.JSONDecodeError:
-            value = None
-        if not isinstance(value, dict):
-            message = f"{self._name} answered with something that is not JSON"
-            raise failures.broken("garbled", message)
-        if value.get("error"):
-            raise failures.from_error_event(self._name, value["error"])
-        self._take_usage(value.get("usage"), None)
-        if self._dialect:
-            return orjson.dumps(self._dialect.from_chat(value, self._request))
-        return bytes(body)
-
-    async def _body(self, answer: Answer, first: bytes) -> None:
-        client, headers = self._client, (*_kept(answer), *self._record.headers())
+            ended = not chunk
+        whole = self._checked(bytes(body)) if ended else bytes(body)
         self._record.status = 200
         self._record.mark_first_token()
-        if len(first) <= _LARGEST_HELD:
-            return await client.json(200, first, headers)
+        headers = (*_kept(answer), *self._record.headers())
+        if ended:
+            return await client.json(200, whole, headers)
         await client.start(200, ((b"content-type", b"application/json"), *headers))
-        await client.send(first)
+        await client.send(whole)
         while chunk := await answer.read(self._settings.router_stall_seconds):
             await client.send(chunk)
         await client.finish()
+
+    def _checked(self, body: bytes) -> bytes:
+        """A whole body, translated if need be.
+
+        Raises:
+            Failure: it is no answer.
+        """
+        try:
+            value = orjson.loads(body)
+            if value.get("error"):
+                raise failures.from_error_event(self._name, value["error"])
+            self._take_usage(value.get("usage"), None)
+            if self._dialect:
+                return orjson.dumps(self._dialect.from_chat(value, self._request))
+        except (ValueError, TypeError, AttributeError, LookupError):
+            message = f"{self._name} answered with something that is no JSON answer"
+            raise failures.broken("garbled", message) from None
+        return body
 
     def _take_usage(self, usage: object, events: int | None) -> None:
         usage = usage if isinstance(usage, dict) else {}

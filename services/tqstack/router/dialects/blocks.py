@@ -97,7 +97,12 @@ class BlockStream(ABC):
     def _take(self, payload: bytes) -> bytes:
         if payload == b"[DONE]":
             return b""
-        chunk = orjson.loads(payload)
+        try:
+            chunk = orjson.loads(payload)
+        except orjson.JSONDecodeError:
+            return b""
+        if not isinstance(chunk, dict):
+            return b""
         events = b"" if self._begun else self.begin(chunk)
         self._begun = True
         self.usage = chunk.get("usage") or self.usage
