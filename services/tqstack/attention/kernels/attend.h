@@ -35,57 +35,71 @@ struct Attend {
   typedef Table<VB, ONE_TABLE> ValueTable;
   CONST int STEPS = K::SPAN / 4;  // products of 16 dimensions per group of a key
   CONST int PAIRS = V::SPAN / 2;  // products of 16 dimensions per group of a value
-  // Shared memory: tables, and before and after them other things; then queries, then sizes.
+  // Shared memory: tables, and when they are done the merged sums; then queries; then sizes.
   CONST int VALUE_TABLE = ONE_TABLE ? 0 : KeyTable::WORDS;  // where it starts
   CONST int TABLES = VALUE_TABLE + ValueTable::WORDS;
   CONST int MERGED = VG * PAIRS * 4 * 33;
-  CONST int STAGED = COLUMNS * (DK + 1);
-  CONST int LARGER = TABLES > MERGED ? TABLES : MERGED;
-  CONST int QUERIES = ((LARGER > STAGED ? LARGER : STAGED) + 31) / 32 * 32;
-  CONST int SIZES = QUERIES + KG * STEPS * 32 * 4;
+  CONST int QUERIES = ((TABLES > MERGED ? TABLES : MERGED) + 31) / 32 * 32;
+  CONST int PRODUCTS = KG * STEPS;
+  CONST int STAGED = COLUMNS * (DK + 1);  // the queries' words, and before that their values
+  CONST int SIZES = QUERIES + (PRODUCTS * 128 > STAGED ? PRODUCTS * 128 : STAGED);
   CONST int SHARED_WORDS = SIZES + WARPS * COLUMNS;
 };
 
 // The block's query rows: rotated, divided by their largest entry, and left in shared memory as
 // right factors, high and low: four words for every product and lane.
-template <typename A, int DK, int GROUPS, bool ROTATE, typename Q>
+template <typename A, int DK, bool ROTATE, typename Q>
 FN void prepare_queries(IN(Q) queries, IN(float) signs, int rows, SHARED(word) memory, int thread) {
   typedef typename A::K K;
   const int lane = thread % 32, warp = thread / 32;
   constexpr int N = (DK + 31) / 32;
-  SHARED(float) staged = (SHARED(float))memory;
+  SHARED(float) staged = (SHARED(float))memory + A::QUERIES;
   SHARED(float) sizes = (SHARED(float))memory + A::SIZES;
-  for (int column = warp; column < COLUMNS; column += WARPS) {
-    float x[N], size = 0;
+  float x[COLUMNS / WARPS][N];
+  UNROLL for (int j = 0; j < COLUMNS / WARPS; j++)
     UNROLL for (int i = 0; i < N; i++) {
-      int d = i * 32 + lane;
-      x[i] = column < rows && d < DK ? to_float(queries[column * DK + d]) : 0.0f;
-      if (ROTATE) x[i] *= signs[d];
+      int d = i * 32 + lane, column = warp + j * WARPS;
+      x[j][i] = column < rows && d < DK ? to_float(queries[column * DK + d]) : 0.0f;
+      if (ROTATE) x[j][i] *= signs[d];
     }
-    if (ROTATE) hadamard<N>(x, lane);
-    UNROLL for (int i = 0; i < N; i++) size = fmax(size, fabs(x[i]));
+  UNROLL for (int j = 0; j < COLUMNS / WARPS; j++) {
+    const int column = warp + j * WARPS;
+    if (ROTATE) hadamard<N>(x[j], lane);
+    float size = 0;
+    UNROLL for (int i = 0; i < N; i++) size = fmax(size, fabs(x[j][i]));
     size = fmax(warp_max(size), 1e-30f);
     if (lane == 0) sizes[column] = size;
     UNROLL for (int i = 0; i < N; i++)
-      if (i * 32 + lane < DK) staged[column * (DK + 1) + i * 32 + lane] = x[i] / size;
+      if (i * 32 + lane < DK) staged[column * (DK + 1) + i * 32 + lane] = x[j][i] / size;
   }
   block_sync();
   const int row = fragment_row(lane), pair = fragment_pair(lane);
-  for (int i = warp; i < GROUPS * A::STEPS; i += WARPS) {
-    SHARED(word) to = memory + A::QUERIES + (i * 32 + lane) * 4;
+  constexpr int SHARE = (A::PRODUCTS + WARPS - 1) / WARPS;
+  word factors[SHARE][4];
+  UNROLL for (int j = 0; j < SHARE; j++) {
+    const int product = warp + j * WARPS;
     UNROLL for (int tile = 0; tile < 2; tile++) {
-      float x[2];
+      float pair_of[2];
       UNROLL for (int e = 0; e < 2; e++) {
         int column = RIGHT_BY_COLUMNS ? row : 2 * pair + e;
         int k = RIGHT_BY_COLUMNS ? 2 * pair + e : row;
-        int at = k / 2 * K::SPAN + 4 * (i % A::STEPS) + 2 * tile + k % 2;
-        int d = i / A::STEPS * K::GROUP + at;
-        x[e] = at < K::GROUP ? staged[column * (DK + 1) + d] : 0.0f;
+        int at = k / 2 * K::SPAN + 4 * (product % A::STEPS) + 2 * tile + k % 2;
+        int d = product / A::STEPS * K::GROUP + at;
+        bool inside = product < A::PRODUCTS && at < K::GROUP;
+        pair_of[e] = inside ? staged[column * (DK + 1) + d] : 0.0f;
       }
-      word high = pack_halves(x[0], x[1]);
-      to[tile] = high;
-      to[2 + tile] = pack_halves(x[0] - low_half(high), x[1] - high_half(high));
+      word high = pack_halves(pair_of[0], pair_of[1]);
+      factors[j][tile] = high;
+      factors[j][2 + tile] =
+          pack_halves(pair_of[0] - low_half(high), pair_of[1] - high_half(high));
     }
+  }
+  block_sync();
+  UNROLL for (int j = 0; j < SHARE; j++) {
+    const int product = warp + j * WARPS;
+    if (product < A::PRODUCTS)
+      UNROLL for (int i = 0; i < 4; i++)
+        memory[A::QUERIES + (product * 32 + lane) * 4 + i] = factors[j][i];
   }
   block_sync();
 }
@@ -98,6 +112,15 @@ FN void read_codes(IN(word) plane, const LOCAL size_t (&rows)[ROWS], int lane, s
     UNROLL for (int g = 0; g < GROUPS; g++)
       L::Codes::read(plane, rows[i] * L::ROW_BYTES + g * L::GROUP_BYTES + lane * L::SPAN_BYTES,
                      last, words[i][g]);
+}
+
+// Prefetches what a warp will read of a plane two steps later. The compiler has no registers to
+// keep more loads than those of one step in flight.
+template <int BYTES, typename T>
+FN void prefetch_tile(IN(T) plane, size_t row, int lane) {
+  UNROLL for (int at = 0; at < TILE * BYTES; at += 32 * 128)
+    if (at + lane * 128 < TILE * BYTES)
+      prefetch(plane + (row * BYTES + at + lane * 128) / sizeof(T));
 }
 
 template <int DK, int DV, int KB, int VB, int KG, int VG, bool ONE_TABLE, bool ROTATE, bool MASKED,
@@ -118,12 +141,27 @@ FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t)
   const int batch = head / call->kv_heads;
   const size_t first_row = size_t(head) * capacity;
 
-  queries += (size_t(head) * call->rows + tile * COLUMNS) * DK;
-  prepare_queries<A, DK, KG, ROTATE>(queries, signs, rows, memory, thread);
+  // First of all the codes of the first keys are asked for: rows `row` and row + 8 of a tile.
+  int begin = starts[batch];
+  if (call->window) begin = max(begin, stop - tokens - call->window + 1);
+  int share = (max(stop - begin, 0) + call->splits - 1) / call->splits;
+  share = (share + TILE - 1) / TILE * TILE;
+  begin += split * share;
+  const int end = min(begin + share, stop);
+  const size_t plane_rows = size_t(call->batch) * call->kv_heads * capacity;
+  const size_t last_key = (plane_rows * K::ROW_BYTES + 3) / 4 - 1;
+  const size_t last_value = (plane_rows * V::ROW_BYTES + 3) / 4 - 1;
+  size_t key_rows[2], value_rows[4];
+  word key_codes[2][KG][K::WORDS], value_codes[4][VG][V::WORDS];
+  UNROLL for (int i = 0; i < 2; i++)
+    key_rows[i] = first_row + min(begin + warp * TILE + row + 8 * i, stop - 1);
+  if (begin + warp * TILE < end) read_codes<K, KG, 2>(keys, key_rows, pair, last_key, key_codes);
+
   fill_table<KeyTable, THREADS>(memory, key_entries, thread);
   if (!ONE_TABLE)
     fill_table<ValueTable, THREADS>(memory + A::VALUE_TABLE, value_entries, thread);
-  block_sync();
+  queries += (size_t(head) * call->rows + tile * COLUMNS) * DK;
+  prepare_queries<A, DK, ROTATE>(queries, signs, rows, memory, thread);
   SHARED(float) sizes = (SHARED(float))memory + A::SIZES;
   SHARED(const word) right = memory + A::QUERIES + lane * 4;
 
@@ -143,33 +181,23 @@ FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t)
                   size_t(query_head) * call->mask_strides[1] +
                   size_t(token) * call->mask_strides[2];
   }
-  int begin = starts[batch];
-  if (call->window) begin = max(begin, stop - tokens - call->window + 1);
-  int share = (max(stop - begin, 0) + call->splits - 1) / call->splits;
-  share = (share + TILE - 1) / TILE * TILE;
-  begin += split * share;
-  const int end = min(begin + share, stop);
-
   float m[2] = {FLOOR, FLOOR}, l[2] = {0, 0}, sum[VG * A::PAIRS][4];
   UNROLL for (int i = 0; i < VG * A::PAIRS; i++)
     UNROLL for (int x = 0; x < 4; x++) sum[i][x] = 0;
-  const size_t planes_rows = size_t(call->batch) * call->kv_heads * capacity;
-  const size_t last_key = (planes_rows * K::ROW_BYTES + 3) / 4 - 1;
-  const size_t last_value = (planes_rows * V::ROW_BYTES + 3) / 4 - 1;
   const word key_copy = lane % KeyTable::COPIES * 4;
   const word value_copy = lane % ValueTable::COPIES * 4;
-
-  // Rows of the planes: keys row and row + 8 of the tile for scores, 2 * pair ... for values.
-  size_t key_rows[2], value_rows[4];
-  word key_codes[2][KG][K::WORDS], value_codes[4][VG][V::WORDS];
-  UNROLL for (int i = 0; i < 2; i++)
-    key_rows[i] = first_row + min(begin + warp * TILE + row + 8 * i, stop - 1);
-  if (begin + warp * TILE < end) read_codes<K, KG, 2>(keys, key_rows, pair, last_key, key_codes);
 
   for (int base = begin + warp * TILE; base < end; base += WARPS * TILE) {
     UNROLL for (int i = 0; i < 4; i++)
       value_rows[i] = first_row + min(base + 2 * pair + i % 2 + i / 2 * 8, stop - 1);
     read_codes<V, VG, 4>(values, value_rows, row, last_value, value_codes);
+    if (base + 3 * WARPS * TILE < end) {
+      const size_t ahead = first_row + base + 2 * WARPS * TILE;
+      prefetch_tile<K::ROW_BYTES>(keys, ahead, lane);
+      prefetch_tile<V::ROW_BYTES>(values, ahead, lane);
+      prefetch_tile<2 * KG>(key_scales, ahead, lane);
+      prefetch_tile<2 * VG>(value_scales, ahead, lane);
+    }
 
     float key_scale[2][KG], value_scale[2][VG];
     UNROLL for (int i = 0; i < 2; i++) {

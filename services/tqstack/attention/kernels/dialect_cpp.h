@@ -211,6 +211,7 @@ FN word funnel_shift(word low, word high, int bits) {
 }
 FN word read_shared(const word* table, word byte) { return table[byte >> 2]; }
 FN void read_shared_4(const word* from, word (&to)[4]) { std::memcpy(to, from, 16); }
+FN void prefetch(const void*) {}
 template <int N, int WIDTH>
 FN void read_words(IN(word) from, word (&to)[N]) {
   for (int i = 0; i < N; i++) to[i] = from[i];

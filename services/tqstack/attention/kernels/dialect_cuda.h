@@ -72,6 +72,9 @@ FN void read_shared_4(const word* from, word (&to)[4]) {
   to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
 }
 
+// Asks for 128 bytes to be brought to the cache, and waits for nothing.
+FN void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 // N words, WIDTH (1, 2 or 4) of them at a time.
 template <int N, int WIDTH>
 FN void read_words(IN(word) from, word (&to)[N]) {

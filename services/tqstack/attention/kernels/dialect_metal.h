@@ -76,9 +76,16 @@ FN void read_shared_4(SHARED(const word) from, thread word (&to)[4]) {
   UNROLL for (int i = 0; i < 4; i++) to[i] = from[i];
 }
 
+FN void prefetch(const device void*) {}
+
 template <int N, int WIDTH>
 FN void read_words(IN(word) from, thread word (&to)[N]) {
   UNROLL for (int i = 0; i < N; i++) to[i] = from[i];
+}
+
+template <int N, typename T>
+FN void read_values(IN(T) from, thread float (&to)[N]) {
+  UNROLL for (int i = 0; i < N; i++) to[i] = float(from[i]);
 }
 
 CONST int TABLE_COPIES = 1;  // threadgroup memory is 32 KB

@@ -5,9 +5,10 @@ CONST int MAX_SPLITS = 512;
 
 template <int DV>
 struct Merge {
-  CONST int WIDTH = (DV + 31) / 32 * 32;       // threads that share a split
-  CONST int GROUPS = MERGERS / WIDTH;          // splits that are read side by side
-  CONST int SHARED_WORDS = MAX_SPLITS + GROUPS * WIDTH + 1;
+  CONST int WIDTH = (DV + 127) / 128 * 32;  // threads that share a split, four values each
+  CONST int GROUPS = MERGERS / WIDTH;       // splits that are read side by side
+  CONST int VALUES = WIDTH * 4;
+  CONST int SHARED_WORDS = MAX_SPLITS + GROUPS * VALUES + 1;
 };
 
 template <int DV, bool SINKS, bool ROTATE, typename T>
@@ -15,46 +16,50 @@ FN void merge(IN(float) parts, IN(float) stats, IN(float) sinks, IN(float) signs
               OUT(T) out, SHARED(float) decays, int thread, int index, int head) {
   typedef Merge<DV> S;
   SHARED(float) sums = decays + MAX_SPLITS;
+  SHARED(float) total = sums + S::GROUPS * S::VALUES;
   const int lane = thread % 32, splits = call->splits, column = index % COLUMNS;
   const int tiles = (call->rows + COLUMNS - 1) / COLUMNS;
   const size_t part = (size_t(head) * tiles + index / COLUMNS) * splits;
   parts += (part * COLUMNS + column) * DV;
   stats += part * COLUMNS * 2 + column;
 
+  float peak = FLOOR;
+  UNROLL_8 for (int i = lane; i < splits; i += 32) peak = fmax(peak, stats[i * 2 * COLUMNS]);
+  peak = warp_max(peak);
+  for (int i = thread; i < splits; i += MERGERS)
+    decays[i] = fast_exp2(stats[i * 2 * COLUMNS] - peak);
+  block_sync();
   if (thread < 32) {
-    float peak = FLOOR, total = 0;
-    for (int i = lane; i < splits; i += 32) peak = fmax(peak, stats[i * 2 * COLUMNS]);
-    peak = warp_max(peak);
-    for (int i = lane; i < splits; i += 32) {
-      float decay = fast_exp2(stats[i * 2 * COLUMNS] - peak);
-      decays[i] = decay;
-      total += decay * stats[(i * 2 + 1) * COLUMNS];
-    }
-    total = warp_sum(total);
+    float l = 0;
+    UNROLL_8 for (int i = lane; i < splits; i += 32)
+      l += decays[i] * stats[(i * 2 + 1) * COLUMNS];
+    l = warp_sum(l);
     if (SINKS) {
       int query_head = head % call->kv_heads * (call->rows / call->query_tokens);
       query_head += index / call->query_tokens;
-      total += fast_exp2(sinks[query_head] * LOG2_E - peak);
+      l += fast_exp2(sinks[query_head] * LOG2_E - peak);
     }
-    if (lane == 0) sums[S::GROUPS * S::WIDTH] = total;
+    if (lane == 0) *total = fmax(l, 1e-30f);
   }
-  block_sync();
-  const int group = thread / S::WIDTH, d = thread % S::WIDTH;
+  const int group = thread / S::WIDTH, d = thread % S::WIDTH * 4;
   if (group < S::GROUPS) {
-    float sum = 0;
+    float sum[4] = {0, 0, 0, 0};
     if (d < DV)
-      UNROLL_8 for (int i = group; i < splits; i += S::GROUPS)
-        sum += decays[i] * parts[size_t(i) * COLUMNS * DV + d];
-    sums[thread] = sum;
+      UNROLL_8 for (int i = group; i < splits; i += S::GROUPS) {
+        float x[4], decay = decays[i];
+        read_values<4>(parts + size_t(i) * COLUMNS * DV + d, x);
+        UNROLL for (int j = 0; j < 4; j++) sum[j] += decay * x[j];
+      }
+    UNROLL for (int j = 0; j < 4; j++) sums[group * S::VALUES + d + j] = sum[j];
   }
   block_sync();
   if (thread < 32) {
-    constexpr int N = S::WIDTH / 32;
-    float x[N], total = fmax(sums[S::GROUPS * S::WIDTH], 1e-30f);
+    constexpr int N = (DV + 31) / 32;
+    float x[N];
     UNROLL for (int i = 0; i < N; i++) {
       x[i] = 0;
-      UNROLL for (int g = 0; g < S::GROUPS; g++) x[i] += sums[g * S::WIDTH + i * 32 + lane];
-      x[i] /= total;
+      UNROLL for (int g = 0; g < S::GROUPS; g++) x[i] += sums[g * S::VALUES + i * 32 + lane];
+      x[i] /= *total;
     }
     if (ROTATE) hadamard<N>(x, lane);
     out += (size_t(head) * call->rows + index) * DV;
