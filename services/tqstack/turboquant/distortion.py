@@ -31,12 +31,12 @@ def distortion(codec: Codec, *, vectors: int = 4096, seed: int = 0) -> Distortio
     """Measure `codec` on unit vectors of uniformly random direction."""
     x = np.random.default_rng(seed).standard_normal((vectors, codec.dim))
     x = mx.array((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32))
-    rotated, decoded = codec.rotate(x), codec.decode(codec.encode(x))
-    product, square = (rotated * decoded).sum(-1), mx.square(decoded).sum(-1)
+    rotated, decoded = np.array(codec.rotate(x)), np.array(codec.decode(codec.encode(x)))
+    product, square = (rotated * decoded).sum(-1), np.square(decoded).sum(-1)
     return Distortion(
         codec=codec.spec,
         bits_per_value=codec.bits_per_value,
-        error=(mx.square(decoded - rotated).sum() / vectors).item(),
-        rescaled=mx.mean(1 - mx.square(product) / square).item(),
+        error=float(np.square(decoded - rotated).sum(-1).mean()),
+        rescaled=float(np.mean(1 - product**2 / square)),
         limit=4.0**-codec.bits_per_value,
     )
