@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import httpx
@@ -34,21 +35,25 @@ def main() -> None:
     environment = with_openblas(dict(os.environ))
     # The embedded model is hybrid, whose threshold is 16,000: lower it for a 12,000-token question.
     environment |= {"SIDECAR_MODEL": "demo", "PROMPT_TOKEN_THRESHOLD": "8000"}
+    environment.setdefault("TQSTACK_LOG_LEVEL", "error")
     if not keep:
         environment |= {"ROUTER_PORT": str(free_port()), "SIDECAR_PORT": str(free_port())}
     with ExitStack() as stack:
         stand_in = None
-        if not answers(settings.ollama_base_url):
+        if not answers(f"{settings.ollama_base_url}/v1/models"):
             console.print("No Ollama answers: mlx_lm.server with the embedded model stands in.")
             port, path = free_port(), str(demo_model.PATH)
             # It lists the models of the hub's cache, and fails where there is no such folder.
-            cache = stack.enter_context(TemporaryDirectory())
+            cache = Path(stack.enter_context(TemporaryDirectory()))
+            log = cache / "log"
             server = ["mlx_lm.server", "--model", path, "--port", str(port), "--log-level", "ERROR"]
             stand_in = stack.enter_context(
-                running([sys.executable, "-m", *server], environment | {"HF_HUB_CACHE": cache})
+                running(
+                    [sys.executable, "-m", *server], environment | {"HF_HUB_CACHE": str(cache)}, log
+                )
             )
             environment |= {"OLLAMA_BASE_URL": f"http://127.0.0.1:{port}", "OLLAMA_MODEL": path}
-            wait_for(f"http://127.0.0.1:{port}/v1/models")
+            wait_for(f"http://127.0.0.1:{port}/v1/models", log)
         os.environ.update(environment)
         settings = load_settings()
         stack.enter_context(running([sys.executable, "-m", "tqstack", "up"], environment))
@@ -134,8 +139,9 @@ class Plain:
 class running:
     """A process that is stopped, and waited for, when the block ends."""
 
-    def __init__(self, argv: list[str], environment: dict[str, str]):
-        self._process = subprocess.Popen(argv, env=environment)
+    def __init__(self, argv: list[str], environment: dict[str, str], log: Path | None = None):
+        output = log.open("wb") if log else None
+        self._process = subprocess.Popen(argv, env=environment, stdout=output, stderr=output)
 
     def __enter__(self) -> subprocess.Popen:
         return self._process
@@ -156,26 +162,24 @@ def free_port() -> int:
 
 def answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/v1/models", timeout=2, trust_env=False).is_success
+        return httpx.get(url, timeout=2, trust_env=False).is_success
     except httpx.HTTPError:
         return False
 
 
-def wait_for(url: str) -> None:
-    def ready() -> bool:
-        try:
-            return httpx.get(url, timeout=2, trust_env=False).is_success
-        except httpx.HTTPError:
-            return False
+def wait_for(url: str, log: Path | None = None) -> None:
+    def complaint() -> str:
+        said = log.read_text()[-2000:] if log else "the messages above say why"
+        return f"{url} does not answer; {said}"
 
-    until(ready, f"{url} does not answer; the messages above say why")
+    until(lambda: answers(url), complaint)
 
 
-def until(condition, complaint: str = "the router did not find its backends", seconds=120) -> None:
-    deadline = time.monotonic() + seconds
+def until(condition, complaint=lambda: "the router did not find its backends") -> None:
+    deadline = time.monotonic() + 120
     while not condition():
         if time.monotonic() > deadline:
-            fail(complaint, code=1)
+            fail(complaint(), code=1)
         time.sleep(0.2)
 
 
