@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from tqstack.turboquant import make_codec, outlier_spec
-from tqstack.turboquant.distortion import distortion
 
 PAPER_MSE = {1: 0.3634, 2: 0.1175, 3: 0.0345, 4: 0.0095}
 
@@ -85,15 +84,3 @@ def test_algorithm_2_has_the_variance_of_the_paper(bits):
     residual = {0: 1.0, **PAPER_MSE}[bits - 1]
     variance = product_errors(bits, close=False).var()
     assert variance == pytest.approx(np.pi / 2 * residual / 256, rel=0.05)
-
-
-@pytest.mark.parametrize("spec", ["tq3-raw", "tq3", "tcq3-l8", "prod3", "affine3-g64"])
-def test_no_codec_beats_the_rate_distortion_limit(spec):
-    row = distortion(make_codec(spec, 256), vectors=512)
-    assert row.limit < row.rescaled <= row.error
-
-
-def test_measured_error_is_the_mean_over_unit_vectors():
-    row = distortion(make_codec("tq2-raw", 256), vectors=4096)
-    assert row.error == pytest.approx(PAPER_MSE[2], rel=0.01)
-    assert row.limit == 2.0 ** (-2 * (2 + 1 / 16))
