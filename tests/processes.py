@@ -33,6 +33,18 @@ def clean_environment(home: Path, **settings: str) -> dict[str, str]:
     return with_openblas(environment | settings)
 
 
+def tqstack(home: Path, *arguments: str, text: str = "", **settings: str):
+    """A `tqstack` command that ends by itself: its result, with what it printed."""
+    return subprocess.run(
+        [sys.executable, "-m", "tqstack", *arguments],
+        env=clean_environment(home, **settings),
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
 @contextmanager
 def running(argv: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen]:
     """A process of ours with its children, in a group of its own, gone when the block ends."""

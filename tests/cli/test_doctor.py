@@ -1,20 +1,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
-from processes import clean_environment, free_port
+from processes import free_port, tqstack
 
 
 def doctor(home, **settings):
-    return subprocess.run(
-        [sys.executable, "-m", "tqstack", "doctor", "--json"],
-        env=clean_environment(home, **settings),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return tqstack(home, "doctor", "--json", **settings)
 
 
 def test_it_tells_what_would_be_served_and_whether_it_fits(tmp_path):

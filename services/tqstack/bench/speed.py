@@ -7,7 +7,7 @@ medians over the trials are reported. On a shared machine only ratios within one
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -15,10 +15,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 
-from tqstack.attention.hybrid import make_turboquant_cache, softmax_entries
-from tqstack.attention.specs import Bits
+from tqstack.bench.backends import MakeCache
 
 FILL_STEP = 16_384  # tokens of made-up context that are stored at once
 
@@ -48,26 +46,6 @@ class Workload:
     prompt_tokens: int
     generation_tokens: int
     prefill_step: int = 2048
-
-
-MakeCache = Callable[[], list[Any]]
-
-
-def backends(model: nn.Module, name: str, bits: Bits = 4) -> dict[str, MakeCache]:
-    """How each backend makes its cache: plain, mlx-lm's 4-bit one, compressed; or all of them."""
-
-    def quantized() -> list[Any]:
-        cache = make_prompt_cache(model)
-        for i in softmax_entries(cache):
-            cache[i] = QuantizedKVCache(group_size=64, bits=4)
-        return cache
-
-    known: dict[str, MakeCache] = {
-        "baseline": lambda: make_prompt_cache(model),
-        "mlx_quant": quantized,
-        "turboquant": lambda: make_turboquant_cache(model, bits),
-    }
-    return known if name == "all" else {name: known[name]}
 
 
 def measure(

@@ -48,7 +48,8 @@ def speed(
 
     from tqstack import demo_model
     from tqstack.bench import plots, shapes
-    from tqstack.bench.speed import Row, Workload, as_json, backends, measure
+    from tqstack.bench.backends import backends
+    from tqstack.bench.speed import Row, Workload, as_json, measure
     from tqstack.sidecar.model import ModelNotFoundError, load_model
 
     if shape and shape not in shapes.SHAPES:

@@ -1,0 +1,137 @@
+"""`tqstack generate` and `tqstack compare`: answers in the terminal, no server."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.columns import Columns
+from rich.live import Live
+from rich.panel import Panel
+
+from tqstack.cli.common import console, fail, preload_openblas
+
+Model = Annotated[str, typer.Argument(help="demo, a folder or a hub name")]
+Prompt = Annotated[str, typer.Argument(help="the question; - reads standard input")]
+Bits = Annotated[str, typer.Option(help="of turboquant: 4, k4v3, or codecs by name")]
+MaxTokens = Annotated[int, typer.Option(min=1)]
+Raw = Annotated[bool, typer.Option("--raw", help="continue the text, without the chat template")]
+
+
+def generate(
+    model: Model,
+    prompt: Prompt,
+    backend: Annotated[
+        Literal["baseline", "mlx_quant", "turboquant"], typer.Option(help="which cache")
+    ] = "turboquant",
+    bits: Bits = "4",
+    max_tokens: MaxTokens = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0)] = 0.0,
+    raw: Raw = False,
+) -> None:
+    """Write one answer, and tell speed and bytes."""
+    preload_openblas()
+    loaded, tokens = _prepare(model, prompt, raw)
+    run = Run(loaded, tokens, backend, bits, max_tokens, temperature)
+    for text in run.steps():
+        typer.echo(text, nl=False)
+    typer.echo()
+    console.print(run.summary(), highlight=False, style="dim")
+
+
+def compare(
+    model: Model,
+    prompt: Prompt,
+    bits: Bits = "4",
+    max_tokens: MaxTokens = 128,
+    raw: Raw = False,
+) -> None:
+    """The plain and the compressed cache side by side: text, bytes, and where they first differ."""
+    preload_openblas()
+    loaded, tokens = _prepare(model, prompt, raw)
+    runs = [Run(loaded, tokens, name, bits, max_tokens) for name in ("baseline", "turboquant")]
+    with Live(console=console, refresh_per_second=8) as live:
+        for _ in itertools.zip_longest(*(run.steps() for run in runs)):
+            live.update(_side_by_side(runs))
+    plain, packed = (run.tokens for run in runs)
+    at = next((i for i, (a, b) in enumerate(zip(plain, packed, strict=False)) if a != b), None)
+    if at is None:
+        console.print(f"The same {min(len(plain), len(packed))} tokens.")
+    else:
+        console.print(f"The first difference is token {at + 1} of {len(plain)}.")
+
+
+def _side_by_side(runs: list[Run]) -> Columns:
+    width = max(20, console.width // 2 - 2)
+    return Columns(
+        [Panel(run.text, title=run.name, subtitle=run.summary(), width=width) for run in runs]
+    )
+
+
+def _prepare(model: str, prompt: str, raw: bool) -> tuple[Any, list[int]]:
+    from tqstack.sidecar.model import ModelNotFoundError, load_model
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        fail("the prompt is empty", 2)
+    try:
+        loaded = load_model(model)
+    except ModelNotFoundError as error:
+        fail(str(error), 2)
+    tokenizer = loaded.tokenizer
+    if raw or not tokenizer.has_chat_template:
+        return loaded, tokenizer.encode(text)
+    messages = [{"role": "user", "content": text}]
+    return loaded, tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+
+
+@dataclass
+class Run:
+    """One answer in the making."""
+
+    loaded: Any
+    prompt: list[int]
+    name: str
+    bits: str
+    max_tokens: int
+    temperature: float = 0.0
+    text: str = ""
+
+    def steps(self) -> Iterator[str]:
+        """Generate; pieces of text as they come."""
+        from mlx_lm import stream_generate
+        from mlx_lm.sample_utils import make_sampler
+
+        from tqstack.bench.backends import backends
+
+        try:
+            self.cache = backends(self.loaded.model, self.name, self.bits)[self.name]()
+        except ValueError as error:
+            fail(str(error), 2)
+        self.tokens: list[int] = []
+        for response in stream_generate(
+            self.loaded.model,
+            self.loaded.tokenizer,
+            self.prompt,
+            max_tokens=self.max_tokens,
+            sampler=make_sampler(self.temperature),
+            prompt_cache=self.cache,
+        ):
+            self.last = response
+            self.tokens.append(response.token)
+            self.text += response.text
+            yield response.text
+
+    def summary(self) -> str:
+        from tqstack.bench.speed import cache_bytes
+
+        kv, recurrent = cache_bytes(self.cache)
+        return (
+            f"prompt {self.last.prompt_tokens:,} tokens at {self.last.prompt_tps:,.0f}/s, answer "
+            f"{len(self.tokens):,} at {self.last.generation_tps:,.1f}/s; keys and values "
+            f"{kv / 1e6:,.2f} MB, recurrent state {recurrent / 1e6:,.2f} MB"
+        )

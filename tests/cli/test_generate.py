@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+
+from processes import tqstack
+
+QUESTION = "The secret code of alpha is 12345. What is the secret code of alpha?"
+
+
+@pytest.mark.parametrize("backend", ["baseline", "mlx_quant", "turboquant"])
+def test_generate_answers_with_every_cache_and_tells_its_bytes(tmp_path, backend):
+    arguments = ("generate", "demo", QUESTION, "--backend", backend, "--max-tokens", "10")
+    result = tqstack(tmp_path, *arguments)
+    assert result.stdout.splitlines()[0] == "12345"
+    assert "keys and values" in result.stdout
+
+
+def test_compare_shows_both_and_where_they_differ(tmp_path):
+    result = tqstack(tmp_path, "compare", "demo", "-", "--max-tokens", "8", text=QUESTION)
+    assert "The same 6 tokens." in result.stdout
+    assert result.stdout.count("12345") >= 2
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("generate", "/no/model", "hi"), "is no folder"),
+        (("generate", "demo", "  "), "the prompt is empty"),
+        (("generate", "demo", "hi", "--bits", "9"), "TQ_KV_BITS is '9'"),
+        (("bench", "quality", "demo", "--codecs", "tq99"), "bits is 99"),
+        (("bench", "quality", "demo", "--window-tokens", "999999"), "give a longer text"),
+        (("bench", "speed", "--shape", "huge"), "qwen3.5-35b-a3b"),
+    ],
+)
+def test_bad_arguments_are_told_in_a_line_and_not_in_a_traceback(tmp_path, arguments, said):
+    result = tqstack(tmp_path, *arguments)
+    assert result.returncode == 2
+    assert said in " ".join(result.stderr.split()) and "Traceback" not in result.stderr
