@@ -132,6 +132,17 @@ def test_health_tells_layers_codec_and_bytes(stack):
     assert health["memory_plan"]["max_tokens"] > 32768
 
 
+def test_the_sidecars_metrics_count_tokens_and_bytes(stack, needle_of):
+    def count(name):
+        lines = httpx.get(f"{stack.sidecar}/metrics").text.splitlines()
+        return float(next(line.split()[1] for line in lines if line.startswith(name)))
+
+    before = count("tqstack_sidecar_output_tokens_total")
+    ask(stack.client(), needle_of(60), model="tq:demo", max_tokens=3)
+    assert count("tqstack_sidecar_output_tokens_total") == before + 3
+    assert count("tqstack_sidecar_cache_bytes") == 0
+
+
 HELLO = [{"role": "user", "content": "hello"}]
 BAD_REQUESTS = [
     ({"model": "no-such-model", "messages": HELLO}, "model"),

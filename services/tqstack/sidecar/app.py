@@ -18,6 +18,7 @@ from tqstack.settings import Settings
 from tqstack.sidecar.answers import Answer
 from tqstack.sidecar.engine import Engine, Progress
 from tqstack.sidecar.generation import Finish, Generation
+from tqstack.sidecar.metrics import Metrics
 from tqstack.sidecar.runtime import Runtime, load_runtime
 from tqstack.sidecar.streaming import EventStream, WhileConnected, read_body
 
@@ -32,6 +33,7 @@ class Sidecar:
     def __init__(self, engine: Engine, settings: Settings):
         self._engine = engine
         self._settings = settings
+        self._metrics = Metrics(engine)
 
     async def chat_completions(self, request: Request) -> Response:
         return await self._answer(request, ChatRequest)
@@ -67,6 +69,9 @@ class Sidecar:
         else:
             body["model"] = {"id": self._settings.model_name}
         return JSONResponse(body, 200 if status == "ok" else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._metrics.render(), media_type=self._metrics.content_type)
 
     async def _answer(self, request: Request, kind: type) -> Response:
         parsed = validate(kind, parse_json(await read_body(request, BODY_LIMIT)))
@@ -111,6 +116,7 @@ def create_app(
         ("GET", "/v1/models", sidecar.models),
         ("GET", "/v1/models/{name:path}", sidecar.model),
         ("GET", "/health", sidecar.health),
+        ("GET", "/metrics", sidecar.metrics),
     ]
     app = FastAPI(title="tqstack sidecar", lifespan=lifespan, docs_url=None, redoc_url=None)
     for method, path, endpoint in routes:

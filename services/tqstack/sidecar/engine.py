@@ -94,6 +94,7 @@ class Engine:
         self._jobs: dict[int, Job] = {}
         self._uids: dict[int, int] = {}  # id(job) -> uid
         self._cache_bytes = (0, 0)
+        self._totals = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "output_tokens": 0}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # -- called from other threads -------------------------------------------------------
@@ -124,6 +125,7 @@ class Engine:
                 "context_tokens": [job.prompt_tokens + job.generated for job in jobs],
             },
             "cache": {"bytes": held, "bytes_fp16": plain},
+            "totals": dict(self._totals),
             "last_token_at": self.last_token_at,
         }
 
@@ -209,6 +211,9 @@ class Engine:
             stop_sequences=[StopSequences([[t] for t in self.runtime.end_tokens])],
         )
         self._jobs[uid], self._uids[id(job)] = job, uid
+        self._totals["requests"] += 1
+        self._totals["prompt_tokens"] += job.prompt_tokens
+        self._totals["cached_tokens"] += job.cached_tokens
 
     def _reuse(self, tokens: list[int], job: Job) -> tuple[list[Any], list[list[int]]]:
         """The longest stored prefix of a prompt, and what is left to process, cut as it was."""
@@ -251,6 +256,7 @@ class Engine:
         self.last_token_at = time.time()
         job.first_token = job.first_token or now
         job.generated += 1
+        self._totals["output_tokens"] += 1
         if response.finish_reason is not None:
             job.stats = _stats(job, response.prompt_cache, now)
             del self._jobs[response.uid], self._uids[id(job)]

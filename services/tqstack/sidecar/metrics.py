@@ -1,0 +1,45 @@
+"""`/metrics` of the sidecar in Prometheus form: what the engine holds now, and has done so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from tqstack.sidecar.engine import Engine
+
+
+class EngineCollector:
+    """Reads the engine whenever it is scraped."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def collect(self) -> Iterable[Metric]:
+        status = self._engine.status()
+        requests, cache = status["requests"], status["cache"]
+        gauges = {
+            "requests_running": ("Sequences in the batch", requests["running"]),
+            "requests_waiting": ("Requests not yet taken in", requests["waiting"]),
+            "context_tokens": ("Tokens in all contexts", sum(requests["context_tokens"])),
+            "cache_bytes": ("Keys and values, as really held", cache["bytes"]),
+            "cache_bytes_fp16": ("The same in 16 bits", cache["bytes_fp16"]),
+        }
+        for name, (what, value) in gauges.items():
+            yield GaugeMetricFamily(f"tqstack_sidecar_{name}", what, value=value)
+        for name, value in status["totals"].items():
+            what = f"{name.replace('_', ' ').capitalize()} since the start"
+            yield CounterMetricFamily(f"tqstack_sidecar_{name}", what, value=value)
+
+
+class Metrics:
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, engine: Engine):
+        self._registry = CollectorRegistry()
+        self._registry.register(EngineCollector(engine))  # pyright: ignore[reportArgumentType]
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
