@@ -158,3 +158,32 @@ def test_mlx_lm_cannot_take_it_for_its_own_quantized_cache():
     assert not hasattr(cache, "bits")
     assert not hasattr(cache, "to_quantized")
     assert not isinstance(cache, mlx_cache.KVCache)
+
+
+@pytest.mark.parametrize("bits, ratio", [(4, 3.94), (3, 5.22), (2, 7.76), ("tcq3-l8", 5.22)])
+def test_a_live_cache_stores_exactly_the_codes_and_a_norm_per_vector(bits, ratio):
+    cache, rng = TurboQuantKVCache(bits), np.random.default_rng(0)
+    cache.update_and_fetch(*tokens(rng, 300, dim=256))
+    mx.eval(cache.state)
+    vectors, width = 2 * 2 * 300, int(str(bits).removeprefix("tcq")[0])
+    assert cache.nbytes_used == vectors * (256 * width // 8 + 2)
+    assert round(cache.nbytes_fp16 / cache.nbytes_used, 2) == ratio
+    # Blocks of 256 tokens, and nothing else.
+    assert cache.nbytes == cache.nbytes_used * 512 // 300
+
+
+@pytest.mark.parametrize("bits", [4, 3.5, "tcq2-l8", "prod3", "affine4-g64", "none"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 1e38, 1e-45, 0.0])
+def test_bad_values_never_poison_the_cache(bits, poison):
+    rng = np.random.default_rng(0)
+    keys, values = (np.array(x) for x in tokens(rng, 20))
+    keys[0, 0, 3], values[0, 1, 5, 7] = poison, poison
+    cache = TurboQuantKVCache(bits)
+    cache.update_and_fetch(mx.array(keys), mx.array(values))
+    out = np.array(cache.attend(mx.array(rng.normal(size=(1, 4, 2, 64))), 0.125, "causal"))
+    assert np.isfinite(out).all()
+
+
+def test_a_head_size_that_no_codec_takes_is_an_error_that_tells_it():
+    with pytest.raises(ValueError, match="100"):
+        TurboQuantKVCache().update_and_fetch(mx.zeros((1, 1, 4, 100)), mx.zeros((1, 1, 4, 100)))
