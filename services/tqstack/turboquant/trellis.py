@@ -6,9 +6,9 @@ value's level thus depends on its neighbours' codes, which is what a better code
 every value can be decoded by itself. The stream is circular ("tail-biting"), so no byte is spent
 on a start state.
 
-Beyond QTIP: the 2^L levels are trained (trellis_training.py), which at L = 8 does better than
-random Gaussian levels at L = 10, with a table of 1 KB; and the sign of the scale, which a norm
-does not need, says whether the stream codes the vector or its mirror image.
+Ours: the 2^L levels are trained (trellis_training.py), which at L = 8 does better than random
+Gaussian levels at L = 10, with a table of 1 KB; and the sign of the scale, which a norm does not
+need, says whether the stream codes the vector or its mirror image.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class TrellisCodec:
     A scale is negative where the stream codes the mirrored vector. It makes the decoded vector
     reach exactly as far along the original as the original does, |x|^2 / <x, c> as in RaBitQ (Gao
     and Long, arXiv 2405.12497): what is left is at a right angle to x, so inner products with x
-    and means over many values are not biased. Keeping the norm instead, as lloyd.py does, costs a
-    tenth in divergence at 2 bits (docs/codec.md).
+    and means over many values are not biased. Keeping the norm instead, as lloyd.py does,
+    diverges an eighth more at 2 bits (docs/codec.md).
     """
 
     def __init__(self, dim: int, bits: int, *, window: int = 8, seed: int = 0):
