@@ -159,6 +159,11 @@ def accelerator() -> Literal["metal", "cuda", "cpu"]:
     return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
 
+def machine_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def config_path() -> Path:
     return Path(os.environ.get("TQSTACK_CONFIG") or DEFAULT_CONFIG).expanduser()
 

@@ -44,22 +44,32 @@ _QWEN35_35B_A3B = {
 SHAPES: dict[str, dict[str, Any]] = {"qwen3.5-35b-a3b": _QWEN35_35B_A3B}
 
 
-def build(name: str, layers: int | None = None) -> nn.Module:
+def build(name: str, layers: int | None = None, **changes: int) -> nn.Module:
     """A model of this shape in bfloat16, its matrices quantized to 4 bits in groups of 64.
 
     Args:
         layers: build only the first so many layers; per-layer figures need no more.
+        changes: other sizes of the text config.
     """
-    config = {**SHAPES[name], "text_config": dict(SHAPES[name]["text_config"])}
-    if layers is not None:
-        config["text_config"]["num_hidden_layers"] = layers
-    model_class, arguments = _get_classes(config)
-    model = model_class(arguments.from_dict(config))
-    model.set_dtype(mx.bfloat16)
-    model, _ = quantize_model(model, config, group_size=64, bits=4)
+    model = unbuilt(shape(name, layers, **changes))
     # Weights are lazy: made one by one, the unquantized ones never exist together.
     for _, weight in tree_flatten(model.parameters()):
         mx.eval(weight)
     gated_delta.install(model)
     model.eval()
     return model
+
+
+def shape(name: str, layers: int | None = None, **changes: int) -> dict[str, Any]:
+    """The config of a shape, cut or changed."""
+    if layers is not None:
+        changes["num_hidden_layers"] = layers
+    return {**SHAPES[name], "text_config": {**SHAPES[name]["text_config"], **changes}}
+
+
+def unbuilt(config: dict[str, Any]) -> nn.Module:
+    """A model whose weights have sizes and no values yet: it takes no memory."""
+    model_class, arguments = _get_classes(config)
+    model = model_class(arguments.from_dict(config))
+    model.set_dtype(mx.bfloat16)
+    return quantize_model(model, config, group_size=64, bits=4)[0]

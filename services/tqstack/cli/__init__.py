@@ -8,6 +8,7 @@ from tqstack.cli.bench import app as bench
 from tqstack.cli.bench_router import bench_router
 from tqstack.cli.doctor import doctor
 from tqstack.cli.generate import compare, generate
+from tqstack.cli.plan import plan
 from tqstack.cli.router import router
 from tqstack.cli.sidecar import sidecar
 from tqstack.cli.top import top
@@ -19,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (up, router, sidecar, generate, compare, top, doctor):
+for command in (up, router, sidecar, generate, compare, top, doctor, plan):
     app.command()(command)
 bench.command("router")(bench_router)
 app.add_typer(bench, name="bench")

@@ -1,14 +1,46 @@
 """What a context costs in memory, and whether it fits. Pure: numbers in, numbers out.
 
 On Metal running out of memory aborts the process, so a request is refused before its prefill.
+The sidecar and `tqstack plan` decide by the same `MemoryPlan`; the sidecar measures what the
+cache holds, and `tqstack plan` computes it from the model's geometry.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tqstack.sidecar.geometry import Geometry
+
 MIB = 1 << 20
+KEY_TILE = 1024  # of tqstack.attention.tiled
+CACHE_STEP = 256  # tokens by which a cache grows
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is made for.
+
+    Attributes:
+        budget: bytes that the sidecar may use.
+        prefill_step: tokens of a prefill step.
+        value_bytes: bytes of an activation's value, and of a weight that is not quantized.
+    """
+
+    budget: int
+    prefill_step: int
+    value_bytes: int
+
+    @property
+    def expands_weights(self) -> bool:
+        """A CPU multiplies quantized matrices slowly, so weights become float32 there."""
+        return self.value_bytes == 4
+
+
+def mac(memory: int) -> Machine:
+    """A Mac with so many bytes of memory, three quarters of which macOS lets its GPU hold."""
+    return Machine(memory * 3 // 4, prefill_step=2048, value_bytes=2)
 
 
 @dataclass(frozen=True)
@@ -26,14 +58,53 @@ class MemoryPlan:
         """One sequence of `tokens`: its keys and values, and its recurrent state."""
         return tokens * self.per_token + self.recurrent
 
+    def total(self, tokens: int, held: int = 0) -> int:
+        """All that is needed for a sequence of `tokens` beside `held` bytes of other sequences."""
+        return self.weights + self.workspace + held + self.request_bytes(tokens)
+
     def fits(self, tokens: int, held: int = 0) -> bool:
-        """Whether a sequence of `tokens` fits beside `held` bytes of other sequences."""
-        return self.weights + self.workspace + held + self.request_bytes(tokens) <= self.budget
+        return self.total(tokens, held) <= self.budget
 
     def max_tokens(self, held: int = 0) -> int:
         """The longest sequence that fits beside `held` bytes."""
-        free = self.budget - self.weights - self.workspace - held - self.recurrent
+        free = self.budget - self.total(0, held)
         return max(0, free // max(1, self.per_token))
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "max_tokens": self.max_tokens()}
+
+
+def prefill_workspace(geometry: Geometry, machine: Machine) -> int:
+    """Bytes that a prefill step needs beside weights and caches, at most.
+
+    Attention in tiles holds some tiles of scores and the running outputs, all in float32; so does
+    the recurrence as matrix products, 24 times a token's queries, keys and values (measured, and
+    held by a test). The work of the recurrence and of attention may overlap.
+    """
+    g, step = geometry, machine.prefill_step
+    attention = 4 * g.query_heads * step * (3 * KEY_TILE + 4 * g.head_dim)
+    recurrence = 4 * step * 24 * g.recurrence
+    feed_forward = machine.value_bytes * step * (4 * g.hidden + 3 * g.feed_forward)
+    return attention + recurrence + feed_forward + 16 * MIB
+
+
+def geometric_plan(
+    geometry: Geometry, vector_bytes: Sequence[int], weights: int, machine: Machine
+) -> MemoryPlan:
+    """The plan of a model that has not been loaded.
+
+    Args:
+        vector_bytes: bytes of a stored key and a stored value together, of each softmax layer.
+        weights: bytes of the weights once loaded.
+    """
+    g, value_bytes = geometry, machine.value_bytes
+    windows = g.layers.count("window") * g.window * 2 * g.kv_heads * g.head_dim
+    states = g.layers.count("recurrent") * (4 * g.state + value_bytes * g.convolution)
+    return MemoryPlan(
+        budget=machine.budget,
+        weights=weights,
+        per_token=g.kv_heads * sum(vector_bytes),
+        per_token_fp16=len(vector_bytes) * g.kv_heads * 2 * 2 * g.head_dim,
+        recurrent=states + value_bytes * windows,
+        workspace=prefill_workspace(g, machine),
+    )

@@ -16,8 +16,7 @@ from mlx_lm.utils import dequantize_model, load
 from tqstack import demo_model
 from tqstack.attention import gated_delta
 from tqstack.attention.hybrid import softmax_entries
-
-DEFAULT_CONTEXT = 32768  # where a model's config does not say
+from tqstack.sidecar.geometry import context_length
 
 
 class ModelNotFoundError(ValueError):
@@ -38,15 +37,7 @@ class LoadedModel:
 
     @property
     def context_length(self) -> int:
-        text = self.config.get("text_config", self.config)
-        return int(text.get("max_position_embeddings") or DEFAULT_CONTEXT)
-
-    @property
-    def widest_activation(self) -> int:
-        """Values of the widest activation of a token: a feed-forward layer, or the vocabulary."""
-        text = self.config.get("text_config", self.config)
-        names = ("hidden_size", "intermediate_size", "vocab_size")
-        return max(int(text.get(name) or 0) for name in names)
+        return context_length(self.config)
 
     @property
     def architecture(self) -> str:

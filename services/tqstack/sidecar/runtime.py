@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +13,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tqstack.attention.dispatch import prove
 from tqstack.attention.hybrid import make_turboquant_cache
-from tqstack.settings import Settings, SettingsError
-from tqstack.sidecar.memory import MIB, MemoryPlan
+from tqstack.settings import Settings, SettingsError, machine_memory
+from tqstack.sidecar.geometry import UnknownGeometryError, read_geometry
+from tqstack.sidecar.memory import Machine, MemoryPlan, prefill_workspace
 from tqstack.sidecar.model import LoadedModel, load_model
 from tqstack.turboquant.kv_bits import parse_kv_bits
 
 PROBE_TOKENS = 256  # one block of the cache, so that the probe holds no slack
+CPU_SHARE = 0.8  # of the memory, for the sidecar: the rest is for the system and other programs
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,13 @@ def load_runtime(settings: Settings) -> Runtime:
             says why and what to do.
     """
     specs = cache_specs(settings)
-    loaded = load_model(settings.model_name)
+    loaded, machine = load_model(settings.model_name), this_machine()
     runtime = Runtime(
         loaded=loaded,
         specs=specs,
         boundary_layers=settings.tq_boundary_layers,
-        plan=MemoryPlan(_budget(), _nbytes(loaded.model.parameters()), 0, 0, 0, 0),
-        # A step delays every other stream: on the CPU, keep it near a second.
-        prefill_step=512 if mx.default_device() == mx.cpu else 2048,
+        plan=MemoryPlan(machine.budget, _nbytes(loaded.model.parameters()), 0, 0, 0, 0),
+        prefill_step=machine.prefill_step,
         batch_size=settings.sidecar_max_batch,
         default_max_tokens=settings.sidecar_max_tokens,
         prefix_cache_bytes=settings.sidecar_prefix_cache_mb << 20,
@@ -132,6 +132,8 @@ def load_runtime(settings: Settings) -> Runtime:
 def _measured(runtime: Runtime) -> Runtime:
     """The runtime with the costs that a probe through the real cache shows."""
     cache, tokens = runtime.new_cache(), [0] * PROBE_TOKENS
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
     if runtime.specs is None:
         runtime.model(mx.array([tokens]), cache=cache)
         compressed: list[int] = []
@@ -141,14 +143,13 @@ def _measured(runtime: Runtime) -> Runtime:
     held = sum(entry.nbytes for entry in softmax)
     plain = sum(getattr(entry, "nbytes_fp16", entry.nbytes) for entry in softmax)
     others = [entry for i, entry in enumerate(cache) if i not in runtime.loaded.softmax_layers]
-    step, width = runtime.prefill_step, runtime.loaded.widest_activation
+    probe = mx.get_peak_memory() - before
     plan = replace(
         runtime.plan,
         per_token=-(-held // PROBE_TOKENS),
         per_token_fp16=-(-plain // PROBE_TOKENS),
         recurrent=sum(entry.nbytes for entry in others),
-        # Activations of one prefill step and the tiles of its attention, with room to spare.
-        workspace=4 * step * width * 4 + 256 * MIB,
+        workspace=_workspace(runtime, probe),
     )
     return replace(runtime, plan=plan, compressed_layers=tuple(compressed))
 
@@ -157,10 +158,22 @@ def _nbytes(tree: Any) -> int:
     return sum(array.nbytes for _, array in tree_flatten(tree))  # pyright: ignore
 
 
-def _budget() -> int:
-    """Bytes that the sidecar may use: the GPU's working set, or four fifths of the memory."""
-    info = mx.device_info()
+def _workspace(runtime: Runtime, probe: int) -> int:
+    """Bytes of a prefill step; for a model without a formula, those of the probe, scaled."""
+    try:
+        geometry = read_geometry(runtime.loaded.config)
+    except UnknownGeometryError:
+        return probe * runtime.prefill_step // PROBE_TOKENS
+    return prefill_workspace(geometry, this_machine())
+
+
+def this_machine() -> Machine:
+    """What MLX computes on here. The budget is the GPU's working set, or a share of the memory."""
+    info, on_cpu = mx.device_info(), mx.default_device() == mx.cpu
     limit = info.get("max_recommended_working_set_size") or info.get("total_memory")
-    if limit:
-        return int(limit)
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 0.8)
+    return Machine(
+        budget=int(limit) if limit else int(machine_memory() * CPU_SHARE),
+        # A step delays every other stream: on the CPU, keep it near a second.
+        prefill_step=512 if on_cpu else 2048,
+        value_bytes=4 if on_cpu else 2,
+    )

@@ -1,0 +1,191 @@
+"""The plan from files alone, against bytes that a loaded model really takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+
+from processes import clean_environment
+from tqstack import demo_model
+from tqstack.attention.hybrid import make_turboquant_cache
+from tqstack.bench import shapes
+from tqstack.cli.plan import advice
+from tqstack.settings import Settings
+from tqstack.sidecar.geometry import UnknownGeometryError, read_geometry, weight_bytes
+from tqstack.sidecar.memory import geometric_plan, mac, prefill_workspace
+from tqstack.sidecar.planning import Planned, plan_model, vector_bytes
+from tqstack.sidecar.runtime import load_runtime
+from tqstack.sidecar.safetensors import BrokenFileError, model_tensors, read_header
+
+TOLERANCE = 0.05
+MAC = mac(32 * 10**9)
+
+
+def settings(**changes) -> Settings:
+    return Settings(sidecar_model="demo", **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tq_kv_bits": "k4v3"},
+        {"tq_kv_bits": "3.5"},
+        {"tq_boundary_layers": 1},
+        {"tq_cache_version": "affine", "tq_kv_bits": "8"},
+        {"tq_cache_version": "none"},
+    ],
+)
+def test_the_demo_is_planned_as_the_loaded_one_measures(changes):
+    planned, runtime = plan_model(settings(**changes)), load_runtime(settings(**changes))
+    for name in ("weights", "per_token", "recurrent", "workspace", "budget"):
+        measured = getattr(runtime.plan, name)
+        assert getattr(planned.plan, name) == pytest.approx(measured, rel=TOLERANCE), name
+    told = runtime.describe()
+    assert planned.describe().items() <= told.items()
+
+
+def test_a_prefill_of_the_demo_takes_no_more_than_planned_and_not_much_less():
+    runtime = load_runtime(settings())
+    plan, step, context = runtime.plan, runtime.prefill_step, 2048
+    cache = runtime.new_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for start in range(0, context, step):
+        runtime.model(mx.array([[5 + i % 1000 for i in range(start, start + step)]]), cache=cache)
+        mx.eval([entry.state for entry in cache])
+    held = sum(entry.nbytes for entry in cache)
+    assert held == pytest.approx(plan.request_bytes(context), rel=TOLERANCE)
+    used = mx.get_peak_memory() - before - held
+    assert plan.workspace / 3 < used < plan.workspace
+
+
+@pytest.fixture(scope="module")
+def small_35b(tmp_path_factory):
+    """Four layers of the 35B-A3B with 8 of its 256 experts, built and saved: (config, folder)."""
+    folder = tmp_path_factory.mktemp("small35b")
+    sizes = {"layers": 4, "num_experts": 8, "vocab_size": 4096}
+    model = shapes.build("qwen3.5-35b-a3b", **sizes)
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return model, shapes.shape("qwen3.5-35b-a3b", **sizes), folder
+
+
+def test_the_35b_geometry_is_planned_as_four_of_its_layers_measure(small_35b):
+    model, config, folder = small_35b
+    weights = weight_bytes(model_tensors(folder), config)
+    geometry = read_geometry(config)
+    plan = geometric_plan(geometry, vector_bytes(settings(), geometry, MAC), weights, MAC)
+    cache = make_turboquant_cache(model, 4)
+    mx.eval(model(mx.array([[1, 2, 3, 4]]), cache=cache))
+    block = 256  # what a cache holds once it holds anything
+    kv = sum(cache[i].nbytes for i in geometry.softmax_layers)
+    states = sum(entry.nbytes for entry in cache) - kv
+    loaded = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    assert plan.weights == pytest.approx(loaded, rel=TOLERANCE)
+    assert plan.per_token * block == pytest.approx(kv, rel=TOLERANCE)
+    assert plan.recurrent == pytest.approx(states, rel=TOLERANCE)
+    assert plan.per_token_fp16 == 2048
+
+
+def test_the_whole_35b_takes_what_its_layers_take_together():
+    geometry = read_geometry(shapes.shape("qwen3.5-35b-a3b"))
+    plan = geometric_plan(geometry, vector_bytes(settings(), geometry, MAC), 0, MAC)
+    assert geometry.softmax_layers == tuple(range(3, 40, 4))
+    assert (plan.per_token, plan.per_token_fp16) == (10 * 2 * 2 * 130, 20_480)
+    assert plan.recurrent == 30 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
+
+
+def test_workspace_grows_with_the_step_and_not_with_the_context():
+    geometry = read_geometry(shapes.shape("qwen3.5-35b-a3b"))
+    small, large = (
+        prefill_workspace(geometry, replace(MAC, prefill_step=step)) for step in (512, 2048)
+    )
+    # The wall that tiles take away: 16 heads x 2048 x 131,072 scores of 2 bytes.
+    assert small < large < 16 * 2048 * 131_072 * 2 / 3
+
+
+def test_a_file_that_was_cut_short_is_found_by_its_header(tmp_path):
+    whole = demo_model.PATH / "model.safetensors"
+    assert sum(t.nbytes for t in read_header(whole).values()) < whole.stat().st_size
+    cut = tmp_path / "model.safetensors"
+    for content, words in [
+        (whole.read_bytes()[:-1], "should hold"),
+        (b"", "no safetensors header"),
+        (b"<html>404</html>", "no safetensors header"),
+    ]:
+        cut.write_bytes(content)
+        with pytest.raises(BrokenFileError, match=words):
+            read_header(cut)
+
+
+def test_a_model_that_lacks_a_file_of_its_index_is_not_whole(tmp_path):
+    (tmp_path / "model-1.safetensors").symlink_to(demo_model.PATH / "model.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BrokenFileError, match=r"lacks model-2\.safetensors"):
+        model_tensors(tmp_path)
+
+
+def test_a_model_without_a_formula_is_refused_not_guessed():
+    for config in ({"kv_lora_rank": 512}, {"mamba_d_state": 16}, {"layer_types": ["mamba"]}):
+        sizes = {"num_attention_heads": 4, "hidden_size": 64, "num_hidden_layers": 1}
+        with pytest.raises(UnknownGeometryError, match="tqstack doctor"):
+            read_geometry({"model_type": "odd", **sizes, **config})
+
+
+@given(st.integers(1, 40_000), st.integers(0, 200_000_000))
+def test_advice_is_empty_exactly_if_it_fits_and_the_context_that_it_names_fits(tokens, room):
+    one = plan_model(settings())
+    weights = one.plan.weights + one.plan.workspace
+
+    def planned(changed: Settings) -> Planned:
+        plan = plan_model(changed).plan
+        return replace(one, plan=replace(plan, budget=weights + room))
+
+    tight = planned(settings())
+    found = list(advice(settings(), planned, tight, tokens))
+    assert bool(found) == (not tight.plan.fits(tokens) or tokens > 32768)
+    for line in found:
+        if line.startswith("--context"):
+            named = int(line.split()[1].rstrip(":"))
+            assert named == 32768 or tight.plan.fits(named)
+        if line.startswith("TQ_KV_BITS="):
+            bits = line.split()[0].partition("=")[2]
+            assert planned(settings(tq_kv_bits=bits)).plan.fits(min(tokens, 32768))
+
+
+def command(home, *argv):
+    result = subprocess.run(
+        [sys.executable, "-m", "tqstack", "plan", *argv],
+        env=clean_environment(home),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return result
+
+
+def test_the_command_tells_a_mac_of_32_gb_what_it_can_hold(tmp_path):
+    whole = ["--shape", "qwen3.5-35b-a3b", "--context", "262144", "--json"]
+    small = command(tmp_path, *whole, "--memory", "24")
+    assert small.returncode == 1
+    assert "smaller model" in json.loads(small.stdout)["advice"][0]
+    result = command(tmp_path, *whole, "--memory", "32")
+    report = json.loads(result.stdout)
+    assert result.returncode == 0 and report["fits"], report
+    assert report["kv"] == 262_144 * 5200
+    assert not command(tmp_path, *whole[:-1], "--memory", "32").stdout.count("does not fit")
+
+
+def test_the_command_says_what_to_do_about_a_model_that_is_not_here(tmp_path):
+    result = command(tmp_path, "nobody/nothing", "--context", "1000")
+    assert result.returncode == 78 and "tqstack model download" in result.stderr
