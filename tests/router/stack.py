@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -116,3 +117,18 @@ def answer_of(response: httpx.Response) -> tuple[str, str, str | None]:
     headers = response.headers
     text = response.json()["choices"][0]["message"]["content"]
     return text, headers["x-tqstack-backend"], headers.get("x-tqstack-fallback-from")
+
+
+def stream_answer(response: httpx.Response) -> tuple[str, dict | None]:
+    """The text of a stream, and its error. Every event must be whole."""
+    text, error = "", None
+    for event in response.text.split("\n\n"):
+        if not event or event.startswith(":") or event == "data: [DONE]":
+            continue
+        value = json.loads(event.removeprefix("data: "))
+        assert error is None, "something follows an error"
+        if "error" in value:
+            error = value["error"]
+        else:
+            text += value["choices"][0]["delta"]["content"]
+    return text, error
