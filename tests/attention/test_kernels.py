@@ -133,7 +133,7 @@ def test_sinks_take_part_in_the_softmax():
 def test_splits_merge_into_the_same_answer(monkeypatch):
     arguments, options = case(keys=60)
     whole = check(arguments, options)
-    monkeypatch.setattr(decode, "KEYS_PER_SPLIT", 16)
+    monkeypatch.setattr(decode, "KEYS_PER_BLOCK", 16)
     assert distance(check(arguments, options), whole) < TOLERANCE
 
 

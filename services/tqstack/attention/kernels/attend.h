@@ -19,7 +19,8 @@ CONST float LOG2_E = 1.44269504f;
 
 // What changes from call to call.
 struct Call {
-  int batch, kv_heads, capacity, stop, splits;
+  int batch, kv_heads, capacity, stop;
+  int splits, share;  // blocks per sequence, and how many keys each of them takes
   int rows;          // query rows per KV head: query heads that share it * query tokens
   int query_tokens;  // the last of them is token stop - 1
   int causal, window;
@@ -141,13 +142,19 @@ FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t)
   const int batch = head / call->kv_heads;
   const size_t first_row = size_t(head) * capacity;
 
-  // First of all the codes of the first keys are asked for: rows `row` and row + 8 of a tile.
   int begin = starts[batch];
   if (call->window) begin = max(begin, stop - tokens - call->window + 1);
-  int share = (max(stop - begin, 0) + call->splits - 1) / call->splits;
-  share = (share + TILE - 1) / TILE * TILE;
-  begin += split * share;
-  const int end = min(begin + share, stop);
+  begin += split * call->share;
+  const int end = min(begin + call->share, stop);
+  const int tiles = (call->rows + COLUMNS - 1) / COLUMNS;
+  const size_t part = (size_t(head) * tiles + tile) * call->splits + split;
+  parts += part * COLUMNS * DV;
+  stats += part * COLUMNS * 2;
+  if (begin >= end) {  // a sequence shorter than the others; `merge` then leaves its part unread
+    if (thread < COLUMNS * 2) stats[thread] = thread < COLUMNS ? FLOOR : 0.0f;
+    return;
+  }
+  // The codes of the first keys are asked for before anything else: rows `row` and row + 8.
   const size_t plane_rows = size_t(call->batch) * call->kv_heads * capacity;
   const size_t last_key = (plane_rows * K::ROW_BYTES + 3) / 4 - 1;
   const size_t last_value = (plane_rows * V::ROW_BYTES + 3) / 4 - 1;
@@ -319,10 +326,6 @@ FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t)
     }
     block_sync();
   }
-  const int tiles = (call->rows + COLUMNS - 1) / COLUMNS;
-  const size_t part = (size_t(head) * tiles + tile) * call->splits + split;
-  parts += part * COLUMNS * DV;
-  stats += part * COLUMNS * 2;
   if (warp == 0 && row == 0)
     UNROLL for (int e = 0; e < 2; e++) {
       stats[2 * pair + e] = m[e];

@@ -14,8 +14,8 @@ from tqstack.turboquant.rotation import RandomHadamard
 MAX_QUERY_TOKENS = 8
 # As in attend.h and merge.h: query rows and threads of a block, and of one that merges.
 COLUMNS, THREADS, MERGERS = 8, 128, 512
-# Three blocks for each of 132 multiprocessors; a split has at least a step for each warp.
-BLOCKS, KEYS_PER_SPLIT = 396, 64
+# Three blocks for each of 132 multiprocessors; each has at least a step for every warp.
+BLOCKS, KEYS_PER_BLOCK, KEYS_PER_STEP = 396, 64, 16
 
 _HEADERS = ("hadamard.h", "lookup.h", "attend.h", "merge.h")
 ATTEND = Program(
@@ -75,10 +75,11 @@ def decode_attention(
     kv_heads, capacity = keys[0].shape[1:3]
     rows = heads // kv_heads * L
     tiles = -(-rows // COLUMNS)
-    splits = max(1, min(BLOCKS // (B * kv_heads * tiles), -(-length // KEYS_PER_SPLIT)))
+    starts = tuple(padding or [0] * B)
+    share, splits = _division(length, starts, window and window + L - 1, kv_heads * tiles)
     array_mask = None if mask is None or isinstance(mask, str) else _four_axes(mask)
     call = _call(
-        *(B, kv_heads, capacity, length, splits, rows, L),
+        *(B, kv_heads, capacity, length, splits, share, rows, L),
         *(int(isinstance(mask, str)), window, *_strides(array_mask)),
         scale=float(scale),
     )
@@ -89,7 +90,7 @@ def decode_attention(
             queries if key_signs is not None else key_codec.rotate(queries),
             UNUSED if key_signs is None else key_signs,
             UNUSED if array_mask is None else at_least_8(array_mask),
-            _starts(tuple(padding or [0] * B)),
+            _starts(starts),
             call,
         ],
         template={
@@ -155,8 +156,20 @@ def at_least_8(x: mx.array) -> mx.array:
 
 
 @lru_cache(maxsize=64)
-def _starts(padding: tuple[int, ...]) -> mx.array:
-    return at_least_8(mx.array(padding, dtype=mx.int32))
+def _starts(starts: tuple[int, ...]) -> mx.array:
+    return at_least_8(mx.array(starts, dtype=mx.int32))
+
+
+@lru_cache(maxsize=64)
+def _division(length: int, starts: tuple[int, ...], reach: int, repeats: int) -> tuple[int, int]:
+    """(keys per block, blocks per sequence): about BLOCKS blocks with work, all with the same.
+
+    reach: how many of the last keys are read, 0 for all. repeats: blocks that read the same keys.
+    """
+    lengths = [min(length - start, reach or length) for start in starts]
+    share = -(-sum(lengths) * repeats // BLOCKS)
+    share = max(KEYS_PER_BLOCK, -(-share // KEYS_PER_STEP) * KEYS_PER_STEP)
+    return share, max(1, -(-max(lengths) // share))
 
 
 @lru_cache(maxsize=64)
