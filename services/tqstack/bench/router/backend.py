@@ -1,8 +1,8 @@
 """A backend that costs next to nothing, for `tqstack bench router`: what is measured is the proxy.
 
-`python -m tqstack.bench.router_backend` prints its port. The request's `user` field says what to
-do: `""` answers at once; `"100x0.01"` streams 100 chunks, 0.01 s apart, each with the time at which
-it was sent; `"hang"` never answers. `GET /closed` tells when requests were given up.
+`python -m tqstack.bench.router.backend` prints its port. What the prompt begins with says what to
+do: `#100x0.01#` streams 100 chunks, 0.01 s apart, each with the time at which it was sent; `#hang#`
+never answers; anything else is answered at once. `GET /closed` tells when requests were given up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import uvloop
 
 _HEAD_END = b"\r\n\r\n"
 _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
-_USER = re.compile(rb'"user": ?"([^"]*)"')
+_ORDER = re.compile(rb'"content": ?"#([^#]+)#')
 _USAGE = {"prompt_tokens": 120, "completion_tokens": 12, "total_tokens": 132}
 _ANSWER = orjson.dumps(
     {
@@ -86,8 +86,8 @@ class _Connection(asyncio.Protocol):
         elif request.startswith(b"GET "):
             self._transport.write(_json(b'{"data": [{"id": "bench", "object": "model"}]}'))
         else:
-            user = _USER.search(request, max(head_end, len(request) - 300))
-            self._do(user[1].decode() if user else "")
+            order = _ORDER.search(request, head_end)
+            self._do(order[1].decode() if order else "")
 
     def _do(self, what: str) -> None:
         if what == "hang":

@@ -18,17 +18,12 @@ _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 _PATH = "/v1/chat/completions"
 
 
-def request_bytes(size: int, user: str = "", stream: bool = False) -> bytes:
-    """A chat request whose body has about `size` bytes."""
-    content = ("hello you " * (size // 10 + 1))[: max(1, size - 110)]
-    body = orjson.dumps(
-        {
-            "model": "bench",
-            "messages": [{"role": "user", "content": content}],
-            "stream": stream,
-            "user": user,
-        }
-    )
+def request_bytes(size: int, order: str = "", stream: bool = False) -> bytes:
+    """A chat request whose body has about `size` bytes; `order` tells the backend what to do."""
+    content = f"#{order}# " if order else ""
+    content += ("hello you " * (size // 10))[: max(1, size - 90 - len(content))]
+    messages = [{"role": "user", "content": content}]
+    body = orjson.dumps({"model": "bench", "messages": messages, "stream": stream})
     head = f"POST {_PATH} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
     return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
@@ -150,11 +145,11 @@ async def streams(target: Target, count: int, seconds: float) -> None:
 
 async def cancels(target: Target, backend_port: int, count: int) -> None:
     """Milliseconds until the backend sees that a client left: before a byte, and in a stream."""
-    for name, user, stream in (("wait", "hang", False), ("stream", "1000x0.01", True)):
+    for name, order, stream in (("wait", "hang", False), ("stream", "1000x0.01", True)):
         delays = []
         for _ in range(count):
             client = await connect(target.port)
-            asking = asyncio.ensure_future(client.ask(request_bytes(SMALL, user, stream), stream))
+            asking = asyncio.ensure_future(client.ask(request_bytes(SMALL, order, stream), stream))
             await asyncio.sleep(0.05)
             before = len(await _closed(backend_port))
             left = time.perf_counter()
