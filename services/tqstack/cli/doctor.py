@@ -14,7 +14,7 @@ import typer
 from tqstack.cli.common import console, openblas, preload_openblas
 from tqstack.settings import Settings, SettingsError, accelerator, config_path, load_settings
 
-PACKAGES = ("tqstack", "mlx", "mlx-lm", "transformers", "fastapi", "uvicorn", "aiohttp", "httpx")
+PACKAGES = ("tqstack", "mlx", "mlx-lm", "transformers", "fastapi", "uvicorn", "httpx")
 MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "wrong": "[red]wrong[/]"}
 
 
@@ -108,8 +108,8 @@ def _model(settings: Settings) -> Iterator[Finding]:
     """Load the model as the sidecar would: the proof of compression and the plan come with it."""
     from tqstack.sidecar.runtime import load_runtime
 
-    if settings.sidecar_enabled == "0":
-        yield Finding("model", "note", "the sidecar is off (SIDECAR_ENABLED=0)")
+    if not settings.runs_sidecar:
+        yield Finding("model", "note", f"the sidecar is off: {_why_off(settings)}")
         return
     try:
         runtime = load_runtime(settings)
