@@ -75,6 +75,8 @@ def test_every_head_size(dim):
         *(("tq4", "tq3"), ("tq3", "tq4"), ("tq8", "tq4"), ("tq1", "tq5")),
         *(("tq4-g32", "tq4-g32"), ("tq4-g16", "tq6"), ("tq3", "tq4-g32")),
         *(("tq4-qr", "tq4"), ("tq4", "tq4-none"), ("tq4-none", "tq4-qr")),
+        *((f"tcq{b}-l8", f"tcq{b}-l8") for b in (1, 2, 3, 4)),
+        *(("tcq4-l8", "tcq3-l8"), ("tq4", "tcq2-l8"), ("tcq3-l8", "tq3")),
     ],
 )
 def test_every_width_group_and_rotation_of_keys_and_values(key_spec, value_spec):
@@ -142,6 +144,11 @@ def test_half_precision_queries_give_half_precision_answers():
     got = decode.decode_attention(queries.astype(mx.float16), *rest, **options)
     assert got.dtype == mx.float16
     assert distance(got, tiled_attention(queries, *rest, **options)) < 2e-3
+
+
+@pytest.mark.parametrize("dim", [128, 192, 256])
+def test_trellis_codes_of_longer_vectors(dim):
+    check(*case("tcq3-l8", "tcq4-l8", dim=dim, keys=33))
 
 
 def test_the_kernel_declines_codecs_it_cannot_read():

@@ -52,7 +52,7 @@ class TrellisCodec:
         self.dim, self.bits, self.window = dim, bits, window
         self.spec = f"tcq{bits}-l{window}" + (f"-s{seed}" if seed else "")
         self._stream_plane = packed_shape(dim, bits)
-        self._rotation = make_rotation("hadamard", dim, seed)
+        self.rotation = make_rotation("hadamard", dim, seed)
         self.codebook = trained_codebook(bits, window)
         self._pairs = _pair_table(bits, window)
 
@@ -64,10 +64,10 @@ class TrellisCodec:
         return self._stream_plane, (1, scaling.SCALE_DTYPE)
 
     def rotate(self, x: mx.array) -> mx.array:
-        return self._rotation.forward(x.astype(mx.float32))
+        return self.rotation.forward(x.astype(mx.float32))
 
     def unrotate(self, x: mx.array) -> mx.array:
-        return self._rotation.inverse(x.astype(mx.float32))
+        return self.rotation.inverse(x.astype(mx.float32))
 
     def encode(self, x: mx.array, search: Search | None = None) -> tuple[mx.array, mx.array]:
         """search: another way, such as a kernel, to do what `search` does."""

@@ -7,7 +7,8 @@
 //
 // Queries are split into two halves each (high and low), keys and values are halves by nature, so
 // only the softmax weights are rounded. They are kept as w = p * scale of the value, relative to
-// the largest one, to use a half's range whatever the values' units; p is summed in float32.
+// the largest one, to use a half's range whatever the values' units; p is summed in float32. A
+// scale may be negative: trellis codes say in its sign that a vector is stored mirrored.
 
 CONST int WARPS = 4;
 CONST int THREADS = 32 * WARPS;
@@ -28,12 +29,13 @@ struct Call {
   float scale;
 };
 
-template <int DK, int DV, int KB, int VB, int KG, int VG, bool ONE_TABLE>
+template <int DK, int DV, int KB, int VB, int KW, int VW, int KG, int VG,
+          bool ONE_TABLE>
 struct Attend {
-  typedef Layout<DK, KB, KG, 4> K;
-  typedef Layout<DV, VB, VG, 8> V;
-  typedef Table<KB, ONE_TABLE> KeyTable;
-  typedef Table<VB, ONE_TABLE> ValueTable;
+  typedef Layout<DK, KB, KW, KG, 4> K;
+  typedef Layout<DV, VB, VW, VG, 8> V;
+  typedef Table<KB, KW, ONE_TABLE> KeyTable;
+  typedef Table<VB, VW, ONE_TABLE> ValueTable;
   CONST int STEPS = K::SPAN / 4;  // products of 16 dimensions per group of a key
   CONST int PAIRS = V::SPAN / 2;  // products of 16 dimensions per group of a value
   // Shared memory: tables, and when they are done the merged sums; then queries; then sizes.
@@ -111,8 +113,7 @@ FN void read_codes(IN(word) plane, const LOCAL size_t (&rows)[ROWS], int lane, s
                    LOCAL word (&words)[ROWS][GROUPS][L::WORDS]) {
   UNROLL for (int i = 0; i < ROWS; i++)
     UNROLL for (int g = 0; g < GROUPS; g++)
-      L::Codes::read(plane, rows[i] * L::ROW_BYTES + g * L::GROUP_BYTES + lane * L::SPAN_BYTES,
-                     last, words[i][g]);
+      L::read(plane, rows[i], g, lane, last, words[i][g]);
 }
 
 // Prefetches what a warp will read of a plane two steps later. The compiler has no registers to
@@ -124,13 +125,13 @@ FN void prefetch_tile(IN(T) plane, size_t row, int lane) {
       prefetch(plane + (row * BYTES + at + lane * 128) / sizeof(T));
 }
 
-template <int DK, int DV, int KB, int VB, int KG, int VG, bool ONE_TABLE, bool ROTATE, bool MASKED,
-          typename Q, typename M>
+template <int DK, int DV, int KB, int VB, int KW, int VW, int KG, int VG,
+          bool ONE_TABLE, bool ROTATE, bool MASKED, typename Q, typename M>
 FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t) value_scales,
                IN(word) key_entries, IN(word) value_entries, IN(Q) queries, IN(float) signs,
                IN(M) mask, IN(int) starts, IN(Call) call, OUT(float) parts, OUT(float) stats,
                SHARED(word) memory, int thread, int split, int tile, int head) {
-  typedef Attend<DK, DV, KB, VB, KG, VG, ONE_TABLE> A;
+  typedef Attend<DK, DV, KB, VB, KW, VW, KG, VG, ONE_TABLE> A;
   typedef typename A::K K;
   typedef typename A::V V;
   typedef typename A::KeyTable KeyTable;
@@ -232,7 +233,7 @@ FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t)
     }
     UNROLL for (int i = 0; i < 2; i++) {
       float largest = SMALLEST;
-      UNROLL for (int g = 0; g < VG; g++) largest = fmax(largest, value_scale[i][g]);
+      UNROLL for (int g = 0; g < VG; g++) largest = fmax(largest, fabs(value_scale[i][g]));
       logarithm[i] = fast_log2(largest);
       inverse[i] = fast_exp2(-logarithm[i]);
       UNROLL for (int g = 0; g < VG; g++) value_scale[i][g] *= inverse[i];

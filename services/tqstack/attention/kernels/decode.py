@@ -10,6 +10,9 @@ import numpy as np
 from tqstack.attention.kernels.program import Program
 from tqstack.turboquant.lloyd import LloydCodec
 from tqstack.turboquant.rotation import RandomHadamard
+from tqstack.turboquant.trellis import TrellisCodec
+
+ScalarCodec = LloydCodec | TrellisCodec  # a plane of codes, a plane of scales
 
 MAX_QUERY_TOKENS = 8
 # As in attend.h and merge.h: query rows and threads of a block, and of one that merges.
@@ -22,8 +25,8 @@ ATTEND = Program(
     name="attend",
     headers=_HEADERS[:3],
     call="""
-SHARED_ARRAY word memory[Attend<DK, DV, KB, VB, KG, VG, ONE_TABLE>::SHARED_WORDS];
-attend<DK, DV, KB, VB, KG, VG, ONE_TABLE, ROTATE, MASKED>(
+SHARED_ARRAY word memory[Attend<DK, DV, KB, VB, KW, VW, KG, VG, ONE_TABLE>::SHARED_WORDS];
+attend<DK, DV, KB, VB, KW, VW, KG, VG, ONE_TABLE, ROTATE, MASKED>(
     (IN(word))keys, key_scales, (IN(word))values, value_scales, key_table, value_table,
     queries, signs, mask, starts, (IN(Call))call, parts, stats, memory,
     thread, block.x, block.y, block.z);""",
@@ -45,10 +48,13 @@ merge<DV, SINKS, ROTATE>(
 )
 
 
-def serves(key_codec: object, value_codec: object) -> bool:
-    """Whether the kernel can read these codecs: whole bits, one plane of codes."""
+def serves(*codecs: object) -> bool:
+    """Whether the kernel can read these codecs: one plane of codes of whole bits."""
     return all(
-        isinstance(codec, LloydCodec) and codec.bits % 1 == 0 for codec in (key_codec, value_codec)
+        (isinstance(codec, LloydCodec) and codec.bits % 1 == 0)
+        # Lanes read whole bytes of a stream, the last one around its end.
+        or (isinstance(codec, TrellisCodec) and codec.dim % 64 == 0)
+        for codec in codecs
     )
 
 
@@ -56,8 +62,8 @@ def decode_attention(
     queries: mx.array,
     keys: tuple[mx.array, ...],
     values: tuple[mx.array, ...],
-    key_codec: LloydCodec,
-    value_codec: LloydCodec,
+    key_codec: ScalarCodec,
+    value_codec: ScalarCodec,
     *,
     length: int,
     scale: float,
@@ -123,22 +129,27 @@ def decode_attention(
     return value_codec.unrotate(out).astype(queries.dtype) if rotated else out
 
 
-def constants(key_codec: LloydCodec, value_codec: LloydCodec) -> dict[str, int | bool]:
+def constants(key_codec: ScalarCodec, value_codec: ScalarCodec) -> dict[str, int | bool]:
     """What `attend` is compiled for."""
-    key_groups, value_groups = (c.dim // c.group for c in (key_codec, value_codec))
+    key, value = _code(key_codec), _code(value_codec)
     return {
         "DK": key_codec.dim,
         "DV": value_codec.dim,
-        "KB": int(key_codec.bits),
-        "VB": int(value_codec.bits),
-        "KG": key_groups,
-        "VG": value_groups,
-        "ONE_TABLE": key_codec.bits == value_codec.bits and key_codec.group == value_codec.group,
+        **{"KB": key[0], "KW": key[1], "KG": key_codec.dim // key[2]},
+        **{"VB": value[0], "VW": value[1], "VG": value_codec.dim // value[2]},
+        "ONE_TABLE": key == value,
     }
 
 
+def _code(codec: ScalarCodec) -> tuple[int, int, int]:
+    """(bits, window or 0, values that share a scale); the same code has the same levels."""
+    if isinstance(codec, TrellisCodec):
+        return codec.bits, codec.window, codec.dim
+    return int(codec.bits), 0, codec.group
+
+
 @lru_cache(maxsize=16)
-def hadamard_signs(codec: LloydCodec) -> mx.array | None:
+def hadamard_signs(codec: ScalarCodec) -> mx.array | None:
     """The random signs (dim,) of a rotation that the kernels do themselves: one Hadamard block."""
     rotation, dim = codec.rotation, codec.dim
     if not isinstance(rotation, RandomHadamard) or dim < 32 or dim & (dim - 1):
@@ -196,12 +207,12 @@ def _strides(mask: mx.array | None) -> list[int]:
 
 
 @lru_cache(maxsize=16)
-def _table(codec: LloydCodec) -> mx.array:
-    """Halves that a field of the codes stands for, as words: two codes up to 4 bits, else the
-    same value twice."""
-    (code,) = codec.codes
-    levels = code.codebook.astype(np.float16).view(np.uint16).astype(np.uint32)
-    size = len(levels)
-    if code.bits > 4:
-        return mx.array(levels | (levels << 16))
-    return mx.array(np.tile(levels, size) | (np.repeat(levels, size) << 16))
+def _table(codec: ScalarCodec) -> mx.array:
+    """Halves that a field of the codes stands for, as words: two codes up to 4 bits, else, and
+    for the windows of a trellis, the same value twice."""
+    trellis = isinstance(codec, TrellisCodec)
+    levels = codec.codebook if trellis else codec.codes[0].codebook
+    words = levels.astype(np.float16).view(np.uint16).astype(np.uint32)
+    if trellis or codec.bits > 4:
+        return mx.array(words | (words << 16))
+    return mx.array(np.tile(words, len(words)) | (np.repeat(words, len(words)) << 16))

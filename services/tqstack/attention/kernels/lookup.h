@@ -1,14 +1,18 @@
-// From packed codes to halves. A codec of another kind replaces Table and decode_pair.
+// From packed codes to halves, for two kinds of codes. A value of a scalar code stands in BITS bits
+// of its own (WINDOW 0). One of a trellis code reads WINDOW bits, its own and the next values', and
+// the stream of a vector is a circle.
 
-// A table in shared memory gives a pair of halves per code pair (up to 4 bits; 16 entries at 2
-// bits, 256 at 4), or one value twice per code. Lanes read copies of their own, so that they do
-// not wait for each other's banks.
-template <int BITS, bool ALONE>
+// A table in shared memory gives a pair of halves per pair of scalar codes up to 4 bits (16
+// entries at 2 bits, 256 at 4), or else one value twice. Lanes read copies of their own, so that
+// they do not wait for each other's banks. ALONE: one table serves keys and values.
+template <int BITS, int WINDOW, bool ALONE>
 struct Table {
-  CONST bool PAIRS = BITS <= 4;
-  CONST int FIELD = PAIRS ? 2 * BITS : BITS;
+  CONST bool PAIRS = BITS <= 4 && WINDOW == 0;
+  CONST int FIELD = PAIRS ? 2 * BITS : WINDOW ? WINDOW : BITS;
+  CONST int STRIDE = PAIRS ? 2 * BITS : BITS;  // bits from a field to the next
   CONST int ENTRIES = 1 << FIELD;
-  CONST int LIMIT = !PAIRS ? 2048 : ALONE ? 8192 : 4096;  // words; 48 KB hold all of a block
+  CONST int LARGE = ALONE ? 8192 : 4096;  // words; 48 KB hold all of a block
+  CONST int LIMIT = PAIRS || WINDOW ? LARGE : 2048;
   CONST int COPIES = ENTRIES * TABLE_COPIES > LIMIT ? LIMIT / ENTRIES : TABLE_COPIES;
   CONST int SHIFT = COPIES == 32 ? 7 : COPIES == 16 ? 6 : COPIES == 8 ? 5 : COPIES == 4 ? 4 : 2;
   CONST int WORDS = ENTRIES * COPIES;
@@ -35,36 +39,16 @@ FN word table_offset(const LOCAL word (&words)[N], int at, word copy) {
 // Values 2 * pair and 2 * pair + 1 of a lane's words.
 template <typename T, int N>
 FN word decode_pair(const LOCAL word (&words)[N], int pair, SHARED(const word) table, word copy) {
-  if (T::PAIRS) return read_shared(table, table_offset<T>(words, T::FIELD * pair, copy));
-  word low = read_shared(table, table_offset<T>(words, 2 * T::FIELD * pair, copy));
-  word high = read_shared(table, table_offset<T>(words, (2 * pair + 1) * T::FIELD, copy));
+  if (T::PAIRS) return read_shared(table, table_offset<T>(words, T::STRIDE * pair, copy));
+  word low = read_shared(table, table_offset<T>(words, 2 * T::STRIDE * pair, copy));
+  word high = read_shared(table, table_offset<T>(words, (2 * pair + 1) * T::STRIDE, copy));
   return low_halves(low, high);
 }
-
-// LENGTH neighbouring codes of BITS bits. They start at a byte that is a multiple of ALIGN.
-template <int BITS, int LENGTH, int ALIGN>
-struct Span {
-  CONST int WORDS = (LENGTH * BITS + 31) / 32;
-
-  // last: index of the plane's last word; nothing behind it is read.
-  FN static void read(IN(word) plane, word byte, word last, LOCAL word (&words)[WORDS]) {
-    if (ALIGN >= 4) {
-      read_words<WORDS, ALIGN / 4>(plane + byte / 4, words);
-    } else {
-      word index = byte / 4, shift = byte % 4 * 8, x = plane[index < last ? index : last];
-      UNROLL for (int i = 0; i < WORDS; i++) {
-        word next = plane[index + i < last ? index + i + 1 : last];
-        words[i] = funnel_shift(x, next, shift);
-        x = next;
-      }
-    }
-  }
-};
 
 // Where the values of a packed row are: GROUPS groups of DIM / GROUPS, each shared by LANES lanes
 // that take SPAN neighbouring values of it. A lane may reach behind a group's end; what it finds
 // there must not count.
-template <int DIM, int BITS, int GROUPS, int LANES>
+template <int DIM, int BITS, int WINDOW, int GROUPS, int LANES>
 struct Layout {
   CONST int GROUP = DIM / GROUPS;
   CONST int SPAN = (GROUP + 8 * LANES - 1) / (8 * LANES) * 8;
@@ -72,7 +56,35 @@ struct Layout {
   CONST int GROUP_BYTES = GROUP * BITS / 8;
   CONST int SPAN_BYTES = SPAN * BITS / 8;
   CONST int ODD = ROW_BYTES | GROUP_BYTES | SPAN_BYTES | 16;
-  CONST int ALIGN = GROUP == SPAN * LANES ? (ODD & -ODD) : 1;
-  typedef Span<BITS, SPAN, ALIGN> Codes;
-  CONST int WORDS = Codes::WORDS;
+  CONST int ALIGN = GROUP == SPAN * LANES ? (ODD & -ODD) : 1;  // of a span's first byte
+  CONST int OWN = (SPAN_BYTES + 3) / 4;
+  CONST int WORDS = WINDOW ? (SPAN_BYTES + 4) / 4 : OWN;  // trellis: and a byte that follows
+
+  // The words of a lane. last: index of the plane's last word; nothing behind it is read.
+  FN static void read(IN(word) plane, size_t row, int group, int lane, size_t last,
+                      LOCAL word (&words)[WORDS]) {
+    const size_t start = row * ROW_BYTES + group * GROUP_BYTES;
+    const size_t first = start + lane * SPAN_BYTES;
+    word own[OWN];
+    if (ALIGN >= 4) {
+      read_words<OWN, ALIGN / 4>(plane + first / 4, own);
+    } else {
+      size_t index = first / 4;
+      int shift = first % 4 * 8;
+      word x = plane[index < last ? index : last];
+      UNROLL for (int i = 0; i < OWN; i++) {
+        word next = plane[index + i < last ? index + i + 1 : last];
+        own[i] = funnel_shift(x, next, shift);
+        x = next;
+      }
+    }
+    UNROLL for (int i = 0; i < OWN; i++) words[i] = own[i];
+    if (WINDOW) {
+      const size_t next = lane + 1 < LANES ? first + SPAN_BYTES : start;
+      const word follows = plane[next / 4] >> (next % 4 * 8) & 255;
+      constexpr int at = SPAN_BYTES / 4, shift = SPAN_BYTES % 4 * 8;
+      const word kept = shift ? own[OWN - 1] & ((1u << shift) - 1) : 0;
+      words[at] = kept | (follows << shift);
+    }
+  }
 };
