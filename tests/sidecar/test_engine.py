@@ -114,3 +114,21 @@ def test_a_model_that_cannot_be_loaded_is_reported_and_jobs_are_refused():
     _, events = submit(engine, [1])
     assert answer(events).status == 503
     engine.close()
+
+
+def test_a_job_that_fits_only_alone_waits_for_the_others_and_is_not_refused(runtime):
+    room = 300 * runtime.plan.per_token + 2 * runtime.plan.recurrent
+    plan = replace(runtime.plan, budget=runtime.plan.weights + runtime.plan.workspace + room)
+    engine = Engine(lambda: replace(runtime, plan=plan))
+    engine.start()
+    try:
+        first, short = submit(engine, range(40, 60), max_tokens=40)
+        second, long = submit(engine, range(200), max_tokens=50)
+        gone, _ = submit(engine, range(200), max_tokens=50)
+        engine.cancel(gone)
+        assert len(answer(short)) == 40
+        assert len(answer(long)) == 50
+        assert second.first_token > first.ended
+        assert engine.status()["requests"] == {"running": 0, "waiting": 0, "context_tokens": []}
+    finally:
+        engine.close()

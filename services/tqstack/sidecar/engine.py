@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ from tqstack.sidecar.sampling import Sampler
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One sequence to generate. `deliver` is called from the engine's thread and must not block."""
 
@@ -35,12 +36,21 @@ class Job:
     sampler: Sampler
     processors: list[Any]
     deliver: Callable[[Event], None]
-    prompt_tokens: int = 0
     cached_tokens: int = 0
     generated: int = 0
     started: float = 0.0
     first_token: float = 0.0
+    ended: float = 0.0
     stats: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(segment) for segment in self.segments)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the sequence, if it runs to its limit."""
+        return self.prompt_tokens + self.max_tokens
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
         self._uids: dict[int, int] = {}  # id(job) -> uid
+        self._waiting: deque[Job] = deque()
         self._cache_bytes = (0, 0)
         self._totals = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "output_tokens": 0}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -121,7 +132,7 @@ class Engine:
         return {
             "requests": {
                 "running": len(jobs),
-                "waiting": self._inbox.qsize(),
+                "waiting": len(self._waiting) + self._inbox.qsize(),
                 "context_tokens": [job.prompt_tokens + job.generated for job in jobs],
             },
             "cache": {"bytes": held, "bytes_fp16": plain},
@@ -178,28 +189,30 @@ class Engine:
                 self._admit(job)
 
     def _admit(self, job: Job) -> None:
+        """Take a job in: to those who wait for room in the batch, or not at all."""
         assert self.runtime is not None
-        tokens = [token for segment in job.segments for token in segment]
-        job.prompt_tokens, job.started = len(tokens), time.perf_counter()
-        expected = sum(
-            self.runtime.plan.request_bytes(j.prompt_tokens + j.max_tokens)
-            for j in self._jobs.values()
-        )
-        if not self.runtime.plan.fits(job.prompt_tokens + job.max_tokens, expected):
-            most = self.runtime.plan.max_tokens(expected)
-            job.deliver(
-                Failed(
-                    ApiError(
-                        503,
-                        f"{job.prompt_tokens} prompt tokens and up to {job.max_tokens} more do not "
-                        f"fit in memory now; {most} tokens in all would. Ask again later, shorten "
-                        "the prompt, or set fewer TQ_KV_BITS",
-                        code="insufficient_memory",
-                        retry_after=10,
-                    )
-                )
-            )
+        plan = self.runtime.plan
+        if not plan.fits(job.longest):
+            job.deliver(Failed(_no_room(job, plan.max_tokens())))
             return
+        self._waiting.append(job)
+        self._admit_waiting()
+
+    def _admit_waiting(self) -> None:
+        """First come, first served, as far as the batch fits; stored prefixes make room."""
+        assert self.runtime is not None
+        while self._waiting:
+            lengths = [job.longest for job in (*self._jobs.values(), self._waiting[0])]
+            if not self.runtime.plan.fits_together(lengths, self._prefixes.nbytes):
+                if not self.runtime.plan.fits_together(lengths):
+                    return
+                self._prefixes.trim_to(n_bytes=0)
+            self._insert(self._waiting.popleft())
+
+    def _insert(self, job: Job) -> None:
+        assert self.runtime is not None
+        job.started = time.perf_counter()
+        tokens = [token for segment in job.segments for token in segment]
         cache, segments = self._reuse(tokens, job)
         (uid,) = self._generator.insert_segments(
             [segments],
@@ -229,15 +242,19 @@ class Engine:
         return cache, segments
 
     def _remove(self, job: Job) -> None:
+        if job in self._waiting:
+            self._waiting.remove(job)
         uid = self._uids.pop(id(job), None)
         if uid is not None:
             if job.generated:
                 cache, _ = self._generator.extract_cache([uid])[uid]
-                job.stats = _stats(job, cache, time.perf_counter())
+                job.ended = time.perf_counter()
+                job.stats = _stats(job, cache)
             self._generator.remove([uid])
             del self._jobs[uid]
             self._measure()
             job.deliver(Removed())
+        self._admit_waiting()
 
     def _step(self) -> None:
         if not self._jobs:
@@ -249,6 +266,7 @@ class Engine:
                 self._jobs[response.uid].deliver(Progress(*response.progress))
         for response in responses:
             self._deliver(response)
+        self._admit_waiting()
         self._measure()
 
     def _deliver(self, response: Any) -> None:
@@ -258,7 +276,8 @@ class Engine:
         job.generated += 1
         self._totals["output_tokens"] += 1
         if response.finish_reason is not None:
-            job.stats = _stats(job, response.prompt_cache, now)
+            job.ended = now
+            job.stats = _stats(job, response.prompt_cache)
             del self._jobs[response.uid], self._uids[id(job)]
         job.deliver(Token(response.token, response.finish_reason))
 
@@ -283,9 +302,10 @@ class Engine:
         )
 
     def _fail_all(self, message: str) -> None:
-        for job in self._jobs.values():
+        for job in (*self._jobs.values(), *self._waiting):
             job.deliver(Failed(ApiError(500, message, code="engine_error", retry=False)))
         self._jobs, self._uids = {}, {}
+        self._waiting.clear()
         self._generator = self._new_generator()
 
     def _refuse_until_stopped(self) -> None:
@@ -297,13 +317,23 @@ class Engine:
                 job.deliver(Failed(ApiError(503, f"no model: {self.error}", code="no_model")))
 
 
-def _stats(job: Job, cache: list[Any], now: float) -> dict[str, Any]:
+def _no_room(job: Job, most: int) -> ApiError:
+    return ApiError(
+        503,
+        f"{job.prompt_tokens} prompt tokens and up to {job.max_tokens} more do not fit in memory; "
+        f"{most} tokens in all would. Shorten the prompt, or set fewer TQ_KV_BITS",
+        code="insufficient_memory",
+        retry=False,
+    )
+
+
+def _stats(job: Job, cache: list[Any]) -> dict[str, Any]:
     """Speed and bytes of a finished sequence, measured on the cache that it really had."""
     entries = [entry for entry in cache if isinstance(entry, TurboQuantKVCache)]
     fresh = job.prompt_tokens - job.cached_tokens
     return {
         "prefill_tokens_per_second": round(fresh / (job.first_token - job.started), 1),
-        "decode_tokens_per_second": round((job.generated - 1) / (now - job.first_token), 1)
+        "decode_tokens_per_second": round((job.generated - 1) / (job.ended - job.first_token), 1)
         if job.generated > 1
         else None,
         "cache_tokens": entries[0].length if entries else 0,

@@ -65,6 +65,12 @@ class MemoryPlan:
     def fits(self, tokens: int, held: int = 0) -> bool:
         return self.total(tokens, held) <= self.budget
 
+    def fits_together(self, lengths: Sequence[int], held: int = 0) -> bool:
+        """Whether sequences of these lengths fit as one batch, where each takes the longest's
+        room, beside `held` bytes."""
+        batch = len(lengths) * self.request_bytes(max(lengths))
+        return self.weights + self.workspace + held + batch <= self.budget
+
     def max_tokens(self, held: int = 0) -> int:
         """The longest sequence that fits beside `held` bytes."""
         free = self.budget - self.total(0, held)
