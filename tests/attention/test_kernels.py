@@ -236,6 +236,11 @@ def test_a_kernel_that_disagrees_is_switched_off_with_a_warning(on_gpu, monkeypa
     got = choose.attention(*arguments, **options)
     assert distance(got, tiled_attention(*arguments, **options)) == 0
     assert "decode kernel for keys tq4 and values tq4 is wrong by 1.0e-02" in caplog.text
+    codecs = arguments[-2:]
+    assert choose.report(*codecs) == {
+        "encode": None,
+        "decode": "is wrong by 1.0e-02, allowed 1e-03",
+    }
 
 
 def test_a_kernel_that_does_not_compile_is_switched_off(on_gpu, monkeypatch, caplog):
@@ -254,3 +259,4 @@ def test_without_a_gpu_no_kernel_is_trusted(monkeypatch):
     monkeypatch.setattr(choose, "backend", lambda: None)
     codec = make_codec("tq4", 64)
     assert not choose.trusted("decode", codec, codec)
+    assert choose.report(codec, codec) == {}

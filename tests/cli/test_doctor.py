@@ -16,6 +16,7 @@ def test_it_tells_what_would_be_served_and_whether_it_fits(tmp_path):
     assert result.returncode == 0
     assert "layers [3, 7] proven compressed" in findings["model"]["detail"]
     assert "32,768 of 32,768 tokens fit" in findings["memory"]["detail"]
+    assert findings["kernels"]["state"] == "ok"
     assert findings["ollama"]["state"] == "note" and "ollama serve" in findings["ollama"]["advice"]
 
 

@@ -109,7 +109,7 @@ def _model(settings: Settings) -> Iterator[Finding]:
     from tqstack.sidecar.runtime import load_runtime
 
     if not settings.runs_sidecar:
-        yield Finding("model", "note", f"the sidecar is off: {_why_off(settings)}")
+        yield Finding("model", "note", "the sidecar is off (SIDECAR_ENABLED)")
         return
     try:
         runtime = load_runtime(settings)
@@ -125,6 +125,34 @@ def _model(settings: Settings) -> Iterator[Finding]:
         f"layers {about['compressed_layers']} proven compressed",
     )
     yield _memory(plan.as_dict(), about["context_length"])
+    yield from _kernels(runtime.new_cache(), runtime.model)
+
+
+def _kernels(cache: list[Any], model: Any) -> Iterator[Finding]:
+    """Compare the kernels that this model's cache would use with plain operations."""
+    import mlx.core as mx
+
+    from tqstack.attention.cache import TurboQuantKVCache
+    from tqstack.attention.kernels.choose import report
+    from tqstack.attention.kernels.program import backend
+
+    if backend() is None:
+        yield Finding("kernels", "ok", "none without a GPU: plain operations")
+        return
+    mx.eval(model(mx.array([[0]]), cache=cache))
+    entries = [entry for entry in cache if isinstance(entry, TurboQuantKVCache)]
+    for keys, values in {(entry.key_codec, entry.value_codec) for entry in entries}:
+        for name, reason in report(keys, values).items():
+            what = f"{name}, keys {keys.spec} and values {values.spec}"
+            if reason is None:
+                yield Finding("kernels", "ok", f"{what}: agrees with plain operations")
+            else:
+                yield Finding(
+                    "kernels",
+                    "note",
+                    f"{what}: {reason}",
+                    "it is switched off and plain operations run instead: please report this",
+                )
 
 
 def _memory(plan: dict[str, Any], context: int) -> Finding:
