@@ -108,7 +108,7 @@ def create_app(settings: Settings) -> RouterApp:
 def _services(settings: Settings, upstream: Upstream) -> Services:
     backends: dict[Name, Backend] = {
         "sidecar": Backend(
-            "sidecar", settings.sidecar_url, upstream, enabled=settings.sidecar_enabled != "0"
+            "sidecar", settings.sidecar_url, upstream, enabled=settings.runs_sidecar
         ),
         "ollama": Backend(
             "ollama", settings.ollama_base_url, upstream, model=settings.ollama_model

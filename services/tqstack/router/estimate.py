@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
+from operator import mul
 from typing import Any, NamedTuple
 
 import orjson
@@ -167,4 +168,5 @@ _UNTAUGHT = Weights()
 
 
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=False))
+    """Of as many as the shorter one has: a size ends with its images, which have no weight."""
+    return sum(map(mul, a, b))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.exposition import generate_latest
@@ -24,6 +25,7 @@ class Metrics:
 
     def __init__(self, backends: Mapping[Name, Backend]):
         self._registry = CollectorRegistry()
+        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._requests = Counter(
             "tqstack_router_requests",
             "Requests that ended, by the backend that answered, why it, and how they ended",
@@ -65,24 +67,31 @@ class Metrics:
 
     def observe(self, record: Record) -> None:
         """Takes in a request that has ended."""
-        decision, backend = record.decision, record.backend or ""
+        decision, backend, child = record.decision, record.backend or "", self._child
         reason = decision.reason if decision else ""
-        self._requests.labels(record.path, backend, reason, record.outcome).inc()
+        child(self._requests, record.path, backend, reason, record.outcome).inc()
         if decision is None or record.outcome != "ok":
             return
         if decision.fallback_from:
-            self._fallbacks.labels(decision.fallback_from, backend).inc()
+            child(self._fallbacks, decision.fallback_from, backend).inc()
         if record.seconds is not None:
-            self._duration.labels(backend).observe(record.seconds)
+            child(self._duration, backend).observe(record.seconds)
         if record.first_token is not None and record.stream:
-            self._first_token.labels(backend).observe(record.first_token)
+            child(self._first_token, backend).observe(record.first_token)
         if record.seconds_per_token is not None:
-            self._per_token.labels(backend).observe(record.seconds_per_token)
+            child(self._per_token, backend).observe(record.seconds_per_token)
         if record.prompt_tokens:
-            self._usage.labels(backend, "input").observe(record.prompt_tokens)
-            self._estimates.labels(backend).observe(decision.tokens / record.prompt_tokens)
+            child(self._usage, backend, "input").observe(record.prompt_tokens)
+            child(self._estimates, backend).observe(decision.tokens / record.prompt_tokens)
         if record.output_tokens:
-            self._usage.labels(backend, "output").observe(record.output_tokens)
+            child(self._usage, backend, "output").observe(record.output_tokens)
+
+    def _child(self, metric: Counter | Histogram, *labels: str) -> Any:
+        """The metric for these labels, remembered: the library's own look-up takes a lock."""
+        child = self._children.get((metric, labels))
+        if child is None:
+            child = self._children[metric, labels] = metric.labels(*labels)
+        return child
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
