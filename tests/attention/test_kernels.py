@@ -203,11 +203,31 @@ def test_the_recurrence_of_the_gated_delta_rule(Dk, Dv, masked):
     assert mx.abs(new_state - state_want).max().item() < 1e-5
 
 
-def test_the_recurrence_serves_layers_on_cuda(monkeypatch):
+@pytest.fixture
+def on_cuda(monkeypatch):
+    gd._kernel_agrees.cache_clear()
     monkeypatch.setattr(gd, "backend", lambda: "cuda")
+    yield
+    gd._kernel_agrees.cache_clear()
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_the_recurrence_serves_layers_on_cuda_unless_it_is_wrong(
+    factor, on_cuda, monkeypatch, caplog
+):
+    right, calls = recurrence.recurrence, []
+
+    def counted(*arguments):
+        calls.append(1)
+        y, state = right(*arguments)
+        return factor * y, state
+
+    monkeypatch.setattr(recurrence, "recurrence", counted)
     q, k = (normal(1, 5, 1, 64, seed=s) * 0.125 for s in (1, 2))
     v, a, b = normal(1, 5, 1, 8, seed=3), normal(1, 5, 1, seed=4), normal(1, 5, 1, seed=5)
     y, _ = gd.gated_delta_update(q, k, v, a, b, mx.zeros(1), mx.ones(1))
+    assert len(calls) == (2 if factor == 1 else 1)  # the first is the comparison
+    assert ("gated delta kernel is wrong" in caplog.text) == (factor != 1)
     want, _ = reference.gated_delta_update(q, k, v, a, b, mx.zeros(1), mx.ones(1))
     assert mx.abs(y - want).max().item() < 1e-5
 

@@ -16,6 +16,8 @@ registers; this form is what the CPU runs, and what the kernel is compared with.
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -29,6 +31,9 @@ from tqstack.attention.kernels.program import backend
 SEGMENT = 2048
 # Gates below exp(-18) are 0 to float32 beside 1. Larger sums would cost the small gates' digits.
 _LOG_GATE_MIN = -18.0
+KERNEL_TOLERANCE = 1e-4  # absolute, of outputs of the order of 1
+
+log = logging.getLogger(__name__)
 
 
 def install(model: nn.Module) -> int:
@@ -85,7 +90,7 @@ def gated_delta_update(
             allow_neg_eigval=allow_neg_eigval,
         )
     plain = lower_bound is None and not allow_neg_eigval
-    if plain and use_kernel and backend() == "cuda" and kernel.serves(q, v):
+    if plain and use_kernel and kernel.serves(q, v) and _kernel_agrees(k.shape[-1], v.shape[-1]):
         if state is None:
             state = mx.zeros((*v.shape[:1], *v.shape[2:], k.shape[-1]))
         return kernel.recurrence(q, k, v, a, b, A_log, dt_bias, state, mask)
@@ -98,6 +103,33 @@ def gated_delta_update(
     if allow_neg_eigval:
         beta = beta * 2.0
     return gated_delta(q, k, v, log_g, beta, state, mask)
+
+
+@lru_cache
+def _kernel_agrees(Dk: int, Dv: int) -> bool:
+    """Whether there is a CUDA kernel here and it gives the numbers of `gated_delta`."""
+    if backend() != "cuda":
+        return False
+    T, Hk, Hv = 40, 1, 2
+    shapes = [(1, T, Hk, Dk)] * 2 + [(1, T, Hv, Dv)] + [(1, T, Hv)] * 2
+    q, k, v, a, b = (
+        mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(shapes)
+    )
+    q, k = (x / mx.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    A_log, dt_bias, state = mx.array([0.0, 2.0]), mx.ones(Hv), mx.zeros((1, Hv, Dv, Dk))
+    try:
+        y, _ = kernel.recurrence(q, k, v, a, b, A_log, dt_bias, state, None)
+        with mx.stream(mx.cpu):
+            log_g = -mx.exp(A_log) * nn.softplus(a + dt_bias)
+            want, _ = gated_delta(q, k, v, log_g, mx.sigmoid(b))
+        error = float(mx.abs(y - want).max())
+    except Exception as failure:  # whatever the compiler says
+        log.warning("the gated delta kernel does not run: %s; matrix products do", failure)
+        return False
+    if not error < KERNEL_TOLERANCE:  # NaN neither
+        log.warning("the gated delta kernel is wrong by %.1e; matrix products run instead", error)
+        return False
+    return True
 
 
 def gated_delta(
