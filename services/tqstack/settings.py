@@ -24,6 +24,11 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # In the environment, only a misspelled name with one of these prefixes can be meant for us.
 OUR_PREFIXES = ("TQ_", "TQSTACK_", "SIDECAR_", "ROUTER_", "PROMPT_TOKEN_")
 
+# sysexits.h EX_CONFIG: starting again will not help, so supervisors do not.
+EXIT_CONFIG = 78
+# A Mac below this runs the router alone; one of just this size loads the model when it is needed.
+SMALL_MEMORY = 32 << 30
+
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Switch = Literal["auto", "1", "0"]
@@ -38,7 +43,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True)
 
-    sidecar_enabled: Switch = Field("auto", description="run the sidecar: auto, 1 or 0")
+    sidecar_enabled: Switch = Field(
+        "auto", description="run the sidecar; auto: not on a Mac with less than 32 GB"
+    )
     sidecar_model: str = Field(
         "auto", min_length=1, description="model of the sidecar: demo, a folder, or a hub name"
     )
@@ -81,9 +88,23 @@ class Settings(BaseSettings):
     sidecar_prefix_cache_mb: Annotated[int, Field(ge=0)] = Field(
         2048, description="memory for prompts kept for their next turn, in MiB; 0: none"
     )
+    sidecar_lazy_load: Switch = Field(
+        "auto", description="load the model at the first request; auto: on a Mac with 32 GB or less"
+    )
+    sidecar_idle_unload_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0, description="give the model's memory back after so long without a request; 0: never"
+    )
+    sidecar_frees_ollama: Switch = Field(
+        "auto",
+        description="before loading, ask Ollama to give back its models' memory; "
+        "auto: if both do not fit",
+    )
     tqstack_api_key: str = Field("", description="key that clients must send; empty: none")
     tqstack_log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="how much is logged"
+    )
+    tqstack_log_dir: str = Field(
+        "", description="folder for router.log and sidecar.log, rotated; empty: log to the terminal"
     )
     tq_kv_bits: str = Field("4", description="bits per cached value: 1-8, 3.5, k4v3, ...")
     tq_kv_code: Literal["lloyd", "trellis"] = Field(
@@ -139,6 +160,20 @@ class Settings(BaseSettings):
         return DEFAULT_MAC_MODEL if accelerator() == "metal" else "demo"
 
     @property
+    def runs_sidecar(self) -> bool:
+        if self.sidecar_enabled != "auto":
+            return self.sidecar_enabled == "1"
+        enough = accelerator() != "metal" or machine_memory() >= SMALL_MEMORY
+        return enough or self.model_name == "demo"
+
+    @property
+    def loads_lazily(self) -> bool:
+        if self.sidecar_lazy_load != "auto":
+            return self.sidecar_lazy_load == "1"
+        small = accelerator() == "metal" and machine_memory() <= SMALL_MEMORY
+        return small and self.model_name != "demo"
+
+    @property
     def sidecar_url(self) -> str:
         return _url(self.sidecar_host, self.sidecar_port)
 
@@ -183,7 +218,7 @@ def load_settings() -> Settings:
     try:
         return Settings(_env_file=path)  # pyright: ignore[reportCallIssue]
     except ValidationError as error:
-        raise SettingsError(_explain(error)) from None
+        raise SettingsError(_explain(error, path)) from None
 
 
 def _names() -> list[str]:
@@ -194,7 +229,7 @@ def _unknown(name: str) -> str:
     return f"{name.upper()} is not a setting; allowed: {', '.join(sorted(_names()))}"
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, path: Path) -> str:
     lines = []
     for problem in error.errors():
         field = str(problem["loc"][0]) if problem["loc"] else ""
@@ -202,6 +237,20 @@ def _explain(error: ValidationError) -> str:
         line = f"{field.upper()}={problem['input']!r}: {message}" if field else message
         if problem["type"] == "extra_forbidden":
             line = _unknown(field)
+        line = _where(field, path) + line
         if line not in lines:
             lines.append(line)
     return "; ".join(lines)
+
+
+def _where(field: str, path: Path) -> str:
+    """`FILE:LINE: ` of the setting in the file, unless it came from the environment."""
+    if not field or os.environ.get(field.upper()) or not path.exists():
+        return ""
+    setting = re.compile(rf"\s*(export\s+)?{re.escape(field)}\s*=", re.IGNORECASE)
+    found = [
+        number
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if setting.match(line)
+    ]
+    return f"{path}:{found[-1]}: " if found else ""

@@ -6,10 +6,13 @@ import typer
 
 from tqstack.cli.bench import app as bench
 from tqstack.cli.bench_router import bench_router
+from tqstack.cli.config import app as config
 from tqstack.cli.doctor import doctor
 from tqstack.cli.generate import compare, generate
+from tqstack.cli.model import app as model
 from tqstack.cli.plan import plan
 from tqstack.cli.router import router
+from tqstack.cli.service import app as service
 from tqstack.cli.sidecar import sidecar
 from tqstack.cli.top import top
 from tqstack.cli.up import up
@@ -23,7 +26,8 @@ app = typer.Typer(
 for command in (up, router, sidecar, generate, compare, top, doctor, plan):
     app.command()(command)
 bench.command("router")(bench_router)
-app.add_typer(bench, name="bench")
+for name, group in (("bench", bench), ("config", config), ("model", model), ("service", service)):
+    app.add_typer(group, name=name)
 
 
 def main() -> None:

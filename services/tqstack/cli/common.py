@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ctypes.util
+import logging
 import os
 import sys
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
 
-from tqstack.settings import Settings, SettingsError, accelerator, load_settings
+from tqstack.settings import EXIT_CONFIG, Settings, SettingsError, accelerator, load_settings
 
-# sysexits.h EX_CONFIG: starting again will not help, so supervisors do not.
-EXIT_CONFIG = 78
+LOG_BYTES, LOG_FILES = 10_000_000, 4  # 50 MB at most for each service
 
 # Redirected output has no width of its own: wide enough that no table is cut.
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -31,6 +32,24 @@ def settings() -> Settings:
         return load_settings()
     except SettingsError as error:
         fail(str(error))
+
+
+def start_logging(config: Settings, name: str) -> None:
+    """Log to the terminal, or to `name`.log in TQSTACK_LOG_DIR, which never grows without end."""
+    handlers: list[logging.Handler] | None = None
+    if config.tqstack_log_dir:
+        folder = Path(config.tqstack_log_dir).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = RotatingFileHandler(folder / f"{name}.log", "a", LOG_BYTES, LOG_FILES)
+        except OSError as error:
+            fail(f"TQSTACK_LOG_DIR={config.tqstack_log_dir!r}: {error}")
+        handlers = [file]
+    logging.basicConfig(
+        level=config.tqstack_log_level.upper(),
+        format="%(asctime)s %(levelname)s %(message)s",
+        handlers=handlers,
+    )
 
 
 def openblas() -> str | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+import gc
 import signal
 
-from tqstack.cli.common import settings
+from tqstack.cli.common import settings, start_logging
 from tqstack.settings import Settings
 
 
@@ -17,9 +17,7 @@ def router() -> None:
 def serve(chosen: Settings) -> None:
     from tqstack.router.serve import server
 
-    logging.basicConfig(
-        level=chosen.tqstack_log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
-    )
+    start_logging(chosen, "router")
     print(
         f"tqstack router: {chosen.router_url}/v1  (OpenAI-compatible; Ctrl-C stops it)",
         flush=True,
@@ -28,4 +26,8 @@ def serve(chosen: Settings) -> None:
     # process that was asked to stop and did has not failed.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    server(chosen).run()
+    serving = server(chosen)
+    # What is loaded by now stays: the garbage collector need not look at it again, in mid-stream.
+    gc.collect()
+    gc.freeze()
+    serving.run()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import signal
 
-from tqstack.cli.common import console, fail, preload_openblas, settings
+from tqstack.cli.common import console, fail, preload_openblas, settings, start_logging
 from tqstack.settings import Settings
 
 KEEP_ALIVE_SECONDS = 120  # above the idle time of the router's pooled connections
@@ -15,9 +15,7 @@ def sidecar() -> None:
     """Serve SIDECAR_MODEL with the compressed cache."""
     config = settings()
     preload_openblas()
-    logging.basicConfig(
-        level=config.tqstack_log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
-    )
+    start_logging(config, "sidecar")
     console.print(
         f"tqstack sidecar: {config.model_name} at {config.sidecar_url}/v1", highlight=False
     )
@@ -43,10 +41,15 @@ def serve(config: Settings) -> Exception | None:
             host=config.sidecar_host,
             port=config.sidecar_port,
             access_log=False,
+            log_config=None,
             log_level="warning",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=DRAIN_SECONDS,
         )
     )
+    # uvicorn raises the signal again once it has drained; to a supervisor a process that was asked
+    # to stop, and did, has not failed.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     server.run()
     return failure[0] if failure else None

@@ -18,7 +18,7 @@ STOP_SECONDS = 40.0  # longer than either service takes to drain
 def up() -> None:
     """Run router and sidecar until Ctrl-C. A service that dies is restarted, with back-off."""
     config = settings()
-    names = ["router"] + (["sidecar"] if config.sidecar_enabled != "0" else [])
+    names = ["router"] + (["sidecar"] if config.runs_sidecar else [])
     console.print(f"tqstack: {config.router_url}/v1  (Ctrl-C stops it)", highlight=False)
     raise SystemExit(asyncio.run(_supervise(names)))
 
