@@ -1,0 +1,157 @@
+"""Times the kernels by themselves: `python -m tqstack.bench.kernels` (needs a GPU).
+
+Attention calls form a chain, each call's queries made from the last one's output, as layers do:
+that shares what a single call would wait for. The chain's two additions are timed too and stay in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from tqstack.attention.gated_delta import gated_delta
+from tqstack.attention.kernels import decode, encode, recurrence
+from tqstack.attention.kernels.program import backend
+from tqstack.turboquant.codec import make_codec
+from tqstack.turboquant.lloyd import LloydCodec
+
+QUERY_HEADS, KV_HEADS, DIM = 16, 2, 256  # softmax layers of Qwen3.5-35B-A3B
+CHAIN = 20
+Step = Callable[[mx.array], mx.array]
+
+
+def milliseconds(run: Callable[[], object], trials: int = 10) -> float:
+    """Median of evaluated runs, after two to warm up."""
+    times = []
+    for _ in range(trials + 2):
+        mx.synchronize()
+        start = time.perf_counter()
+        mx.eval(run())
+        mx.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[2:])[trials // 2] * 1e3
+
+
+def chained(step: Step, queries: mx.array) -> float:
+    """Milliseconds of one step among CHAIN that wait for each other."""
+
+    def run() -> mx.array:
+        x = queries
+        for _ in range(CHAIN):
+            x = step(x) * 0.001 + queries
+        return x
+
+    return milliseconds(run) / CHAIN
+
+
+def random_planes(codec, batch: int, tokens: int) -> tuple[mx.array, ...]:
+    planes = []
+    for width, dtype in codec.plane_shapes():
+        shape = (batch, KV_HEADS, tokens, width)
+        if dtype == mx.float16:
+            planes.append(mx.random.uniform(0.75, 1.25, shape).astype(dtype))
+        else:
+            top = 1 << 8 * dtype.size
+            planes.append(mx.random.randint(0, min(top, 1 << 31), shape).astype(dtype))
+    mx.eval(planes)
+    return tuple(planes)
+
+
+def attention_step(key_spec: str, value_spec: str, tokens: int, padding: list[int]) -> Step:
+    codecs: Any = make_codec(key_spec, DIM), make_codec(value_spec, DIM)
+    keys, values = (random_planes(codec, len(padding), tokens) for codec in codecs)
+    return lambda queries: decode.decode_attention(
+        queries, keys, values, *codecs, length=tokens, scale=DIM**-0.5, padding=padding
+    )
+
+
+def sdpa_step(tokens: int) -> Step:
+    keys, values = (
+        mx.random.normal((1, KV_HEADS, tokens, DIM)).astype(mx.bfloat16) for _ in range(2)
+    )
+    mx.eval(keys, values)
+    return lambda queries: mx.fast.scaled_dot_product_attention(
+        queries, keys, values, scale=DIM**-0.5
+    )
+
+
+def attention(contexts: list[int], specs: list[str]) -> None:
+    queries = mx.random.normal((1, QUERY_HEADS, 1, DIM)).astype(mx.bfloat16)
+    mx.eval(queries)
+    print(f"chain alone: {chained(lambda x: x, queries) * 1e3:.0f} us a step")
+    for tokens in contexts:
+        plain = chained(sdpa_step(tokens), queries)
+        print(f"{tokens:>7} tokens  bf16 SDPA {plain * 1e3:7.0f} us")
+        for spec in specs:
+            key_spec, _, value_spec = spec.partition("/")
+            step = attention_step(key_spec, value_spec or key_spec, tokens, [0])
+            ours = chained(step, queries)
+            print(f"{'':>15}{spec:>12} {ours * 1e3:7.0f} us  {plain / ours:.1f}x")
+    tokens = contexts[-1]
+    lengths = [tokens * (i + 1) // 8 for i in range(8)]
+    one = chained(attention_step(specs[0], specs[0], tokens, [0]), queries)
+    eight = chained(
+        attention_step(specs[0], specs[0], tokens, [tokens - n for n in lengths]),
+        mx.broadcast_to(queries, (8, *queries.shape[1:])),
+    )
+    print(
+        f"8 sequences of {lengths[0]} to {tokens} tokens {eight * 1e3:.0f} us, one {one * 1e3:.0f}"
+    )
+
+
+def encoding() -> None:
+    codec = LloydCodec(DIM, 4)
+    for tokens in (1, 2048):
+        x = mx.random.normal((1, KV_HEADS, tokens, DIM)).astype(mx.bfloat16)
+        mx.eval(x)
+        kernel = milliseconds(lambda x=x: encode.encode(x, x, codec, codec))
+        plain = milliseconds(lambda x=x: (codec.encode(x), codec.encode(x)))
+        print(f"encode {tokens:>5} tokens: {kernel * 1e3:.0f} us, plain {plain * 1e3:.0f} us")
+
+
+def gated_delta_rule(T: int) -> None:
+    Hk, Hv, D = 16, 32, 128  # the recurrent layers of Qwen3.5-35B-A3B
+
+    def normal(*shape: int) -> mx.array:
+        return mx.random.normal(shape).astype(mx.bfloat16)
+
+    q, k, v = normal(1, T, Hk, D) * D**-0.5, normal(1, T, Hk, D) * D**-0.5, normal(1, T, Hv, D)
+    a, b = normal(1, T, Hv), normal(1, T, Hv)
+    A_log, bias, state = mx.zeros(Hv), mx.ones(Hv), mx.zeros((1, Hv, D, D))
+    log_g, beta = -mx.logaddexp(a + 1, 0.0), mx.sigmoid(b)
+    mx.eval(q, k, v, a, b, log_g, beta, state)
+    kernel = milliseconds(
+        lambda: recurrence.recurrence(q, k, v, a, b, A_log, bias, state, None), trials=3
+    )
+    products = milliseconds(lambda: gated_delta(q, k, v, log_g, beta, state), trials=3)
+    fast = milliseconds(
+        lambda: mx.fast.gated_delta_update(q, k, v, mx.exp(log_g), beta, state), trials=3
+    )
+    print(
+        f"gated delta rule, {T} tokens: kernel {kernel:.3f} ms, matrix products {products:.3f} ms, "
+        f"mx.fast.gated_delta_update {fast:.3f} ms"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--context", type=int, nargs="+", default=[1024, 8192, 131072])
+    parser.add_argument(
+        "--codecs", nargs="+", default=["tq4", "tq3", "tq2", "tq8", "tq4/tq3", "tcq4-l8"]
+    )
+    arguments = parser.parse_args()
+    if backend() is None:
+        raise SystemExit("kernels need a GPU, and MLX has none here")
+    attention(arguments.context, arguments.codecs)
+    encoding()
+    if backend() == "cuda":
+        for tokens in (1, 2048):
+            gated_delta_rule(tokens)
+
+
+if __name__ == "__main__":
+    main()
