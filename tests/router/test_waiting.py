@@ -134,3 +134,33 @@ def test_sigterm_lets_a_running_stream_end():
     with Stack() as stack:
         stack.ollama.script = script
         assert stream_answer(stack.run(ask_and_stop(stack))) == ("one two", None)
+
+
+def test_a_hundred_clients_that_leave_leave_no_connection_behind():
+    async def script(wire: Wire) -> None:
+        await asyncio.sleep(30)
+
+    async def crowd(stack: Stack) -> None:
+        body = {"messages": [{"role": "user", "content": "a"}]}
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(trust_env=False, limits=limits, timeout=20) as client:
+            url = stack.url + "/v1/chat/completions"
+            requests = [
+                asyncio.ensure_future(client.post(url, json={**body, "stream": bool(i % 2)}))
+                for i in range(100)
+            ]
+            while stack.ollama.busy < 100:
+                await asyncio.sleep(0.01)
+            for request in requests:
+                request.cancel()
+            await asyncio.gather(*requests, return_exceptions=True)
+
+    with Stack() as stack:
+        stack.ollama.script = script
+        stack.run(crowd(stack))
+        stack.settle()
+        deadline = time.monotonic() + 2
+        while stack.ollama.open > 1:  # the probe's connection may wait in the pool
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert stack.app.state.services.backends["ollama"].running == 0
