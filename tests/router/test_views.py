@@ -123,5 +123,7 @@ def test_the_page_shows_it_all_in_a_browser(stack, tmp_path):
         "sidecar ⤺ ollama",
         "state down",
         "there is no model",
+        "no connection to 127.0.0.1",
+        "fallbacks: ",
     ):
         assert shown in text, shown
