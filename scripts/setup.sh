@@ -5,20 +5,9 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
+# shellcheck source=scripts/find-python.sh
+source "$root/scripts/find-python.sh"
 say() { printf 'tqstack: %s\n' "$*" >&2; }
-
-find_python() {
-  local name
-  for name in ${PYTHON:-} python3.13 python3.12 python3.11 python3; do
-    if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))'
-    then
-      command -v "$name"
-      return
-    fi
-  done
-  say "no Python 3.11 or newer was found; install one, or set PYTHON=/path/to/python3"
-  return 1
-}
 
 # apt-get install, where this user may; otherwise the caller says what that costs.
 apt_install() {
@@ -42,6 +31,8 @@ install_packages() {
   local wanted
   wanted=$(cat "$root/requirements.lock" "$root/pyproject.toml" | cksum)
   [ "$(cat "$venv/.installed" 2>/dev/null)" = "$wanted" ] && return
+  # An environment whose making was interrupted has no pip.
+  "$venv/bin/python" -m pip --version >/dev/null 2>&1 || make_venv
   say "installing packages into .venv (some minutes the first time)"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes \
     -r "$root/requirements.lock"

@@ -14,13 +14,15 @@ import tqstack
 ROOT = Path(tqstack.__file__).parent
 # What each package may import of the others.
 ALLOWED = {
-    "settings": set(),
+    "machine": set(),
+    "settings": {"machine"},
     "openai_api": set(),
     "demo_model": set(),
     "turboquant": set(),
     "attention": {"turboquant"},
-    "sidecar": {"attention", "demo_model", "openai_api", "settings", "turboquant"},
+    "sidecar": {"attention", "demo_model", "machine", "openai_api", "settings", "turboquant"},
     "router": {"openai_api", "settings"},
+    "service": {"machine", "settings"},
 }
 
 

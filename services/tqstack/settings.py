@@ -8,7 +8,6 @@ allowed.
 from __future__ import annotations
 
 import os
-import platform
 import re
 from functools import cached_property
 from pathlib import Path
@@ -18,16 +17,15 @@ from urllib.parse import urlsplit
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from tqstack.machine import DEFAULT_MAC_MODEL, SMALL_MEMORY, accelerator, machine_memory
+
 DEFAULT_CONFIG = "~/ai/turboquant/config.env"
-DEFAULT_MAC_MODEL = "mlx-community/Qwen3.6-35B-A3B-4bit"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # In the environment, only a misspelled name with one of these prefixes can be meant for us.
 OUR_PREFIXES = ("TQ_", "TQSTACK_", "SIDECAR_", "ROUTER_", "PROMPT_TOKEN_")
 
 # sysexits.h EX_CONFIG: starting again will not help, so supervisors do not.
 EXIT_CONFIG = 78
-# A Mac below this runs the router alone; one of just this size loads the model when it is needed.
-SMALL_MEMORY = 32 << 30
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -185,18 +183,6 @@ class Settings(BaseSettings):
 def _url(host: str, port: int) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def accelerator() -> Literal["metal", "cuda", "cpu"]:
-    """What this machine computes on, told without importing mlx."""
-    if platform.system() == "Darwin" and platform.machine() == "arm64":
-        return "metal"
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
-
-
-def machine_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def config_path() -> Path:

@@ -12,7 +12,8 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from tqstack.settings import EXIT_CONFIG, Settings, SettingsError, accelerator, load_settings
+from tqstack.machine import accelerator
+from tqstack.settings import EXIT_CONFIG, Settings, SettingsError, load_settings
 
 LOG_BYTES, LOG_FILES = 10_000_000, 4  # 50 MB at most for each service
 

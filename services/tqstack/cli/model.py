@@ -24,7 +24,11 @@ def download(model: Model = "") -> None:
     from tqstack.sidecar.model import resolve
     from tqstack.sidecar.safetensors import model_tensors
 
-    name = model or settings().model_name
+    config = settings()
+    if not model and not config.runs_sidecar:
+        console.print("no model is needed: the sidecar is off (SIDECAR_ENABLED)")
+        return
+    name = model or config.model_name
     try:
         _, path = resolve(name)
         if not Path(path).is_dir():

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tqstack.cli.common import console, fail, settings
-from tqstack.settings import Settings, machine_memory
+from tqstack.machine import machine_memory
+from tqstack.settings import Settings
 
 if TYPE_CHECKING:
     from tqstack.sidecar.memory import Machine

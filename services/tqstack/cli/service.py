@@ -96,6 +96,24 @@ def status(
 
 
 @app.command()
+def wait(
+    seconds: Annotated[float, typer.Option(min=0, help="how long at most")] = 60,
+) -> None:
+    """Wait until the router answers."""
+    import httpx
+
+    url, deadline = settings().router_url, time.monotonic() + seconds
+    with httpx.Client(trust_env=False, timeout=2) as client:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.HTTPError):
+                client.get(f"{url}/v1/models")
+                console.print(f"{url}/v1 answers", highlight=False)
+                return
+            time.sleep(0.5)
+    fail(f"{url} does not answer: tqstack service status, and tqstack service logs", 1)
+
+
+@app.command()
 def logs(
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="of each service")] = 50,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="until Ctrl-C")] = False,

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tqstack.machine import DEFAULT_MAC_MODEL, SMALL_MEMORY, accelerator, machine_memory
+
 GB = 10**9
-SMALL_MEMORY = 32 << 30
 DISK_FOR_MODEL, DISK_FOR_PACKAGES = 30 * GB, 3 * GB
 OLLAMA_WITH_MLX = (0, 19)
 OLDEST_MACOS = 14
@@ -53,17 +54,17 @@ def judge(facts: Facts) -> Iterator[Remark]:
     elif facts.system not in ("Darwin", "Linux"):
         yield Remark("cannot", f"{facts.system} is not supported: use macOS or Linux")
     memory = f"{facts.memory / (1 << 30):.0f} GB of memory"
-    if not on_mac or facts.memory > SMALL_MEMORY or facts.model == "demo":
+    if not on_mac or facts.memory > SMALL_MEMORY:
         yield Remark("ok", f"{memory}: the sidecar will run")
     elif facts.memory == SMALL_MEMORY:
         yield Remark("ok", f"{memory}: the sidecar will load its model when it is first needed")
     else:
         yield Remark("note", f"{memory}: only the router will run; the sidecar needs 32 GB")
-    hub = facts.model not in ("", "demo") and not facts.model_is_here
-    needed = DISK_FOR_PACKAGES + (DISK_FOR_MODEL if hub else 0)
+    download = not facts.model_is_here
+    needed = DISK_FOR_PACKAGES + (DISK_FOR_MODEL if download else 0)
     disk = f"{facts.free_disk / GB:.0f} GB of disk are free"
     if facts.free_disk < needed:
-        what = f"the packages and {facts.model}" if hub else "the packages"
+        what = f"the packages and {facts.model}" if download else "the packages"
         yield Remark("cannot", f"{disk}: {what} need {needed / GB:.0f} GB")
     else:
         yield Remark("ok", disk)
@@ -79,7 +80,11 @@ def judge(facts: Facts) -> Iterator[Remark]:
 
 def find_facts(model: str) -> Facts:
     """Of this machine."""
-    home, here = Path.home(), model == "demo" or Path(model).expanduser().is_dir()
+    home, memory = Path.home(), machine_memory()
+    if not model:
+        on_big_mac = accelerator() == "metal" and memory >= SMALL_MEMORY
+        model = DEFAULT_MAC_MODEL if on_big_mac else "demo"
+    here = model == "demo" or Path(model).expanduser().is_dir()
     macos = platform.mac_ver()[0]
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / ".cache/huggingface/hub")
     snapshots = cache / f"models--{model.replace('/', '--')}" / "snapshots"
@@ -87,7 +92,7 @@ def find_facts(model: str) -> Facts:
         system=platform.system(),
         machine=platform.machine(),
         macos=int(macos.split(".")[0]) if macos else None,
-        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory=memory,
         free_disk=shutil.disk_usage(home).free,
         ollama=ollama_version(),
         model=model,

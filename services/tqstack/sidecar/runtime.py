@@ -13,7 +13,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tqstack.attention.dispatch import prove
 from tqstack.attention.hybrid import make_turboquant_cache
-from tqstack.settings import Settings, SettingsError, machine_memory
+from tqstack.machine import machine_memory
+from tqstack.settings import Settings, SettingsError
 from tqstack.sidecar.geometry import UnknownGeometryError, read_geometry
 from tqstack.sidecar.memory import Machine, MemoryPlan, prefill_workspace
 from tqstack.sidecar.model import LoadedModel, load_model

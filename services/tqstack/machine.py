@@ -1,0 +1,24 @@
+"""What machine this is, told with the standard library alone."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Literal
+
+DEFAULT_MAC_MODEL = "mlx-community/Qwen3.6-35B-A3B-4bit"
+# A Mac below this runs the router alone; one of just this size loads the model when it is needed.
+SMALL_MEMORY = 32 << 30
+
+
+def accelerator() -> Literal["metal", "cuda", "cpu"]:
+    """What this machine computes on, told without importing mlx."""
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return "metal"
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
+def machine_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

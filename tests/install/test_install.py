@@ -1,0 +1,221 @@
+"""install.sh and uninstall.sh in a copy of the checkout and a HOME of their own.
+
+The packages are those of the running Python, systemctl is a stand-in, and so is the router that
+the installer waits for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from processes import clean_environment
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+COPIED = ("install.sh", "uninstall.sh", "scripts", "launchagents", "pyproject.toml")
+
+pytestmark = pytest.mark.skipif(
+    sys.platform == "darwin", reason="the stand-in is for systemctl; test_launchd.py is for launchd"
+)
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+@dataclass
+class Machine:
+    """A user's machine: HOME, a checkout, and the stand-ins' folder."""
+
+    home: Path
+    checkout: Path
+    fakes: Path
+    environment: dict[str, str]
+
+    def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(self.checkout / script), *arguments],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, script: str, *arguments: str) -> tuple[int, str]:
+        process = self.start(script, *arguments)
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+    def files(self) -> dict[str, bytes]:
+        """All that is on the machine, the stand-ins' own notes left out."""
+        return {
+            str(path): path.read_bytes()
+            for top in (self.home, self.checkout)
+            for path in sorted(top.rglob("*"))
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+
+    def calls(self) -> list[list[str]]:
+        path = self.fakes / "calls"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def config(self) -> Path:
+        return self.home / "ai/turboquant/config.env"
+
+
+@pytest.fixture
+def machine(tmp_path) -> Iterator[Machine]:
+    home, checkout, fakes = (tmp_path / name for name in ("home", "a checkout", "fakes"))
+    for folder in (home, checkout, fakes / "bin"):
+        folder.mkdir(parents=True)
+    for name in COPIED:
+        subprocess.run(["cp", "-R", str(ROOT / name), str(checkout / name)], check=True)
+    (checkout / "requirements.lock").touch()
+    (checkout / "services").symlink_to(ROOT / "services")
+    (fakes / "bin/systemctl").symlink_to(ROOT / "tests/service/fake_systemctl.py")
+    python = fakes / "bin/python3-for-tests"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE / "fake_python.py"} "$@"\n')
+    python.chmod(0o755)
+    server = HTTPServer(("127.0.0.1", 0), Answer)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    environment = clean_environment(home, ROUTER_PORT=str(server.server_port))
+    environment.pop("LD_PRELOAD", None)
+    environment |= {
+        "PATH": f"{fakes / 'bin'}:{os.environ['PATH']}",
+        "PYTHON": str(python),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "FAKE_SYSTEMD": str(fakes),
+    }
+    yield Machine(home, checkout, fakes, environment)
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_dry_run_prints_every_action_and_changes_nothing(machine):
+    before = machine.files()
+    code, output = machine.run("install.sh", "--dry-run", "--model", "demo")
+    assert code == 0, output
+    assert machine.files() == before and machine.calls() == []
+    for word in ("packages", "settings", "model", "install and start", "nothing was changed"):
+        assert word in output
+    assert machine.run("install.sh", "--yes")[0] == 0
+    before, calls = machine.files(), machine.calls()
+    assert machine.run("uninstall.sh", "--dry-run")[0] == 0
+    assert machine.run("install.sh", "--dry-run", "--model", "demo")[0] == 0
+    assert machine.files() == before
+    changing = [call for call in machine.calls()[len(calls) :] if call[1] != "show"]
+    assert changing == []
+
+
+def test_install_then_uninstall_leaves_no_file_behind(machine):
+    before = machine.files()
+    code, output = machine.run("install.sh", "--yes", "--model", "demo")
+    assert code == 0, output
+    assert "SIDECAR_MODEL=demo\n" in machine.config.read_text()
+    assert machine.config.stat().st_mode & 0o777 == 0o600
+    assert (machine.fakes / "active").read_text().split() == [
+        "tqstack-router.service",
+        "tqstack-sidecar.service",
+    ]
+    code, output = machine.run("uninstall.sh", "--yes")
+    assert code == 0, output
+    assert machine.files() == before
+    assert (machine.fakes / "active").read_text() == ""
+    assert not (machine.home / "ai").exists()
+
+
+def test_without_a_yes_and_without_a_terminal_settings_stay(machine):
+    machine.run("install.sh", "--no-service")
+    assert machine.calls() == []
+    code, output = machine.run("uninstall.sh")
+    assert code == 0, output
+    assert machine.config.exists() and not (machine.checkout / ".venv").exists()
+
+
+def test_an_environment_that_was_there_before_is_not_removed(machine):
+    subprocess.run(
+        [machine.environment["PYTHON"], "-m", "venv", str(machine.checkout / ".venv")], check=True
+    )
+    machine.run("install.sh", "--no-service")
+    machine.run("uninstall.sh", "--yes")
+    assert (machine.checkout / ".venv/bin/python").exists()
+
+
+def test_a_second_install_keeps_what_the_user_changed_and_shows_the_difference(machine):
+    machine.run("install.sh", "--no-service", "--model", "demo")
+    text = machine.config.read_text().replace("#TQ_KV_BITS=4", "TQ_KV_BITS=3.5 # mine")
+    lines = [line for line in text.splitlines() if "ROUTER_STALL_SECONDS" not in line]
+    machine.config.write_text("\n".join(lines) + "\n")
+    code, output = machine.run("install.sh", "--no-service")
+    assert code == 0, output
+    assert "+#ROUTER_STALL_SECONDS=60" in output and "TQ_KV_BITS" not in output
+    kept = machine.config.read_text()
+    assert "TQ_KV_BITS=3.5 # mine\n" in kept and "\nSIDECAR_MODEL=demo\n" in kept
+    assert kept.startswith("\n".join(lines))
+    files = machine.files()
+    code, output = machine.run("install.sh", "--no-service")
+    assert code == 0 and machine.files() == files and "left as it is" in output
+
+
+@pytest.mark.parametrize("had_config", [False, True])
+def test_a_step_that_fails_undoes_what_was_done(machine, had_config):
+    if had_config:
+        machine.config.parent.mkdir(parents=True)
+        machine.config.write_text("TQ_KV_BITS=3\n")
+    before = machine.files()
+    (machine.fakes / "broken-at").write_text("enable")
+    code, output = machine.run("install.sh", "--yes", "--model", "demo")
+    assert code != 0 and "it does not want to" in output and "undo" in output
+    assert machine.files() == before
+
+
+def test_settings_that_cannot_be_used_stop_the_install_and_stay_as_they_were(machine):
+    machine.config.parent.mkdir(parents=True)
+    machine.config.write_text("# mine\nTQ_KV_BITS=nine\n")
+    before = machine.files()
+    code, output = machine.run("install.sh", "--yes")
+    assert code != 0 and f"{machine.config}:2: TQ_KV_BITS='nine'" in output
+    assert machine.files() == before
+
+
+def test_killed_at_every_step_in_turn_the_next_install_finishes_the_job(machine):
+    before = machine.files()
+    step, finished = 0, False
+    while not finished:
+        step += 1
+        process = machine.start("install.sh", "--yes", "--model", "demo")
+        assert process.stdout
+        seen = 0
+        for line in process.stdout:
+            seen += line.startswith("install: ")
+            if seen == step and not line.startswith("install: done"):
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+        process.stdout.close()
+        finished = process.wait(timeout=60) == 0
+    assert step >= 6
+    assert "SIDECAR_MODEL=demo\n" in machine.config.read_text()
+    assert (machine.fakes / "active").read_text().count("tqstack-") == 2
+    assert machine.run("uninstall.sh", "--yes")[0] == 0
+    assert machine.files() == before
