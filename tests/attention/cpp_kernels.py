@@ -41,7 +41,7 @@ extern "C" void launch(const int* blocks, int threads, void** arguments) {{
     for (int by = 0; by < blocks[1]; by++)
       for (int bx = 0; bx < blocks[0]; bx++) {{
         const uint3 block = {{bx, by, bz}};
-        Block(threads, [&](int thread) {{ {call} }});
+        Block(threads, [&](int tid) {{ {call} }});
       }}
 }}
 """

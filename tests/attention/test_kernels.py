@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import mlx.core as mx
@@ -11,7 +12,7 @@ from mlx_lm.models import gated_delta as reference
 from attention import cpp_kernels
 from tqstack.attention import gated_delta as gd
 from tqstack.attention.kernels import choose, decode, encode, recurrence
-from tqstack.attention.kernels.program import Program
+from tqstack.attention.kernels.program import FOLDER, Program
 from tqstack.attention.tiled import tiled_attention
 from tqstack.turboquant.codec import make_codec
 from tqstack.turboquant.packing import unpack
@@ -149,6 +150,15 @@ def test_half_precision_queries_give_half_precision_answers():
 @pytest.mark.parametrize("dim", [128, 192, 256])
 def test_trellis_codes_of_longer_vectors(dim):
     check(*case("tcq3-l8", "tcq4-l8", dim=dim, keys=33))
+
+
+def test_bodies_use_no_word_that_metal_reserves():
+    reserved = r"\b(thread|device|constant|threadgroup|half|kernel|vertex|fragment|uniform)\b"
+    bodies = [path for path in FOLDER.glob("*.h") if not path.name.startswith("dialect_")]
+    assert bodies
+    for path in bodies:
+        code = re.sub(r"//.*", "", path.read_text())
+        assert not re.search(reserved, code), path.name
 
 
 def test_the_kernel_declines_codecs_it_cannot_read():

@@ -93,7 +93,8 @@ def gated_delta_update(
     if plain and use_kernel and kernel.serves(q, v) and _kernel_agrees(k.shape[-1], v.shape[-1]):
         if state is None:
             state = mx.zeros((*v.shape[:1], *v.shape[2:], k.shape[-1]))
-        return kernel.recurrence(q, k, v, a, b, A_log, dt_bias, state, mask)
+        k, v, a, b = (x.astype(q.dtype) for x in (k, v, a, b))
+        return kernel.recurrence(q, k, v, a, b, A_log, dt_bias, state.astype(mx.float32), mask)
     rate = mx.exp(A_log.astype(mx.float32))
     if lower_bound is None:
         log_g = -rate * nn.softplus(a + dt_bias)

@@ -52,9 +52,9 @@ struct Attend {
 // The block's query rows: rotated, divided by their largest entry, and left in shared memory as
 // right factors, high and low: four words for every product and lane.
 template <typename A, int DK, bool ROTATE, typename Q>
-FN void prepare_queries(IN(Q) queries, IN(float) signs, int rows, SHARED(word) memory, int thread) {
+FN void prepare_queries(IN(Q) queries, IN(float) signs, int rows, SHARED(word) memory, int tid) {
   typedef typename A::K K;
-  const int lane = thread % 32, warp = thread / 32;
+  const int lane = tid % 32, warp = tid / 32;
   constexpr int N = (DK + 31) / 32;
   SHARED(float) staged = (SHARED(float))memory + A::QUERIES;
   SHARED(float) sizes = (SHARED(float))memory + A::SIZES;
@@ -130,13 +130,13 @@ template <int DK, int DV, int KB, int VB, int KW, int VW, int KG, int VG,
 FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t) value_scales,
                IN(word) key_entries, IN(word) value_entries, IN(Q) queries, IN(float) signs,
                IN(M) mask, IN(int) starts, IN(Call) call, OUT(float) parts, OUT(float) stats,
-               SHARED(word) memory, int thread, int split, int tile, int head) {
+               SHARED(word) memory, int tid, int split, int tile, int head) {
   typedef Attend<DK, DV, KB, VB, KW, VW, KG, VG, ONE_TABLE> A;
   typedef typename A::K K;
   typedef typename A::V V;
   typedef typename A::KeyTable KeyTable;
   typedef typename A::ValueTable ValueTable;
-  const int lane = thread % 32, warp = thread / 32;
+  const int lane = tid % 32, warp = tid / 32;
   const int row = fragment_row(lane), pair = fragment_pair(lane);
   const int capacity = call->capacity, stop = call->stop, tokens = call->query_tokens;
   const int rows = call->rows - tile * COLUMNS;  // those of this block
@@ -152,7 +152,7 @@ FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t)
   parts += part * COLUMNS * DV;
   stats += part * COLUMNS * 2;
   if (begin >= end) {  // a sequence shorter than the others; `merge` then leaves its part unread
-    if (thread < COLUMNS * 2) stats[thread] = thread < COLUMNS ? FLOOR : 0.0f;
+    if (tid < COLUMNS * 2) stats[tid] = tid < COLUMNS ? FLOOR : 0.0f;
     return;
   }
   // The codes of the first keys are asked for before anything else: rows `row` and row + 8.
@@ -165,11 +165,11 @@ FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t)
     key_rows[i] = first_row + min(begin + warp * TILE + row + 8 * i, stop - 1);
   if (begin + warp * TILE < end) read_codes<K, KG, 2>(keys, key_rows, pair, last_key, key_codes);
 
-  fill_table<KeyTable, THREADS>(memory, key_entries, thread);
+  fill_table<KeyTable, THREADS>(memory, key_entries, tid);
   if (!ONE_TABLE)
-    fill_table<ValueTable, THREADS>(memory + A::VALUE_TABLE, value_entries, thread);
+    fill_table<ValueTable, THREADS>(memory + A::VALUE_TABLE, value_entries, tid);
   queries += (size_t(head) * call->rows + tile * COLUMNS) * DK;
-  prepare_queries<A, DK, ROTATE>(queries, signs, rows, memory, thread);
+  prepare_queries<A, DK, ROTATE>(queries, signs, rows, memory, tid);
   SHARED(float) sizes = (SHARED(float))memory + A::SIZES;
   SHARED(const word) right = memory + A::QUERIES + lane * 4;
 
@@ -332,7 +332,7 @@ FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t)
       stats[2 * pair + e] = m[e];
       stats[COLUMNS + 2 * pair + e] = peaks[2 * pair + e];
     }
-  for (int i = thread; i < COLUMNS * DV; i += THREADS) {
+  for (int i = tid; i < COLUMNS * DV; i += THREADS) {
     int column = i / DV, d = i % DV, group = d / V::GROUP, at = d % V::GROUP;
     int holder = fragment_lane(at / V::SPAN, column / 2);
     int x = column % 2 + at % 2 * 2, step = group * A::PAIRS + at % V::SPAN / 2;

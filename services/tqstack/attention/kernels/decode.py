@@ -29,7 +29,7 @@ SHARED_ARRAY word memory[Attend<DK, DV, KB, VB, KW, VW, KG, VG, ONE_TABLE>::SHAR
 attend<DK, DV, KB, VB, KW, VW, KG, VG, ONE_TABLE, ROTATE, MASKED>(
     (IN(word))keys, key_scales, (IN(word))values, value_scales, key_table, value_table,
     queries, signs, mask, starts, (IN(Call))call, parts, stats, memory,
-    thread, block.x, block.y, block.z);""",
+    tid, block.x, block.y, block.z);""",
     inputs=(
         *("keys", "key_scales", "values", "value_scales", "key_table", "value_table"),
         *("queries", "signs", "mask", "starts", "call"),
@@ -42,7 +42,7 @@ MERGE = Program(
     call="""
 SHARED_ARRAY float memory[Merge<DV>::SHARED_WORDS];
 merge<DV, SINKS, ROTATE>(
-    parts, stats, sinks, signs, (IN(Call))call, out, memory, thread, block.x, block.y);""",
+    parts, stats, sinks, signs, (IN(Call))call, out, memory, tid, block.x, block.y);""",
     inputs=("parts", "stats", "sinks", "signs", "call"),
     outputs=("out",),
 )

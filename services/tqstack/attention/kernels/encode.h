@@ -12,14 +12,14 @@ struct Encode {
 
 template <int D, int BITS, int GROUPS, bool ROTATE, bool CORRECTED, typename T>
 FN void encode(IN(T) vectors, IN(float) signs, IN(float) codebook, int count, OUT(byte) codes,
-               OUT(half_t) scales, SHARED(word) memory, int thread, int block) {
+               OUT(half_t) scales, SHARED(word) memory, int tid, int block) {
   typedef Encode<D, BITS> E;
   constexpr int N = D / 32, M = N / GROUPS;  // values per lane, and of those per group
-  const int lane = thread % 32, warp = thread / 32;
+  const int lane = tid % 32, warp = tid / 32;
   SHARED(float) boundaries = (SHARED(float))memory;
   SHARED(float) levels = boundaries + E::LEVELS;
   SHARED(byte) own = (SHARED(byte))(memory + 2 * E::LEVELS) + warp * D;
-  for (int i = thread; i < E::LEVELS; i += 32 * ENCODE_WARPS) {
+  for (int i = tid; i < E::LEVELS; i += 32 * ENCODE_WARPS) {
     levels[i] = codebook[i];
     boundaries[i] = i + 1 < E::LEVELS ? 0.5f * (codebook[i] + codebook[i + 1]) : 0.0f;
   }

@@ -21,10 +21,10 @@ constexpr int KEY_WORDS = Encode<DK, KB>::SHARED_WORDS, VALUE_WORDS = Encode<DV,
 SHARED_ARRAY word memory[KEY_WORDS > VALUE_WORDS ? KEY_WORDS : VALUE_WORDS];
 if (block.y == 0)
   encode<DK, KB, KG, KR, KC>(keys, key_signs, key_levels, count[0], (OUT(byte))key_codes,
-                             key_scales, memory, thread, block.x);
+                             key_scales, memory, tid, block.x);
 else
   encode<DV, VB, VG, VR, VC>(values, value_signs, value_levels, count[0], (OUT(byte))value_codes,
-                             value_scales, memory, thread, block.x);""",
+                             value_scales, memory, tid, block.x);""",
     inputs=("keys", "values", "key_signs", "value_signs", "key_levels", "value_levels", "count"),
     outputs=("key_codes", "key_scales", "value_codes", "value_scales"),
 )

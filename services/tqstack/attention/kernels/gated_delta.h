@@ -13,13 +13,13 @@ struct DeltaCall {
 template <int DK, int DV, int LANES, bool MASKED, typename T, typename R, typename D>
 FN void gated_delta(IN(T) q, IN(T) k, IN(T) v, IN(T) a, IN(T) b, IN(R) log_rate, IN(D) bias,
                     IN(bool) mask, IN(float) state, IN(DeltaCall) call, OUT(T) y,
-                    OUT(float) new_state, int thread, int slice, int batch_head) {
+                    OUT(float) new_state, int tid, int slice, int batch_head) {
   constexpr int N = DK / LANES;
   const int tokens = call->tokens, heads = call->value_heads;
   const int batch = batch_head / heads, head = batch_head % heads;
   const int key_head = head / (heads / call->key_heads);
-  const int lane = thread % 32, part = thread % LANES;
-  const int row = slice * (DELTA_THREADS / LANES) + thread / LANES;
+  const int lane = tid % 32, part = tid % LANES;
+  const int row = slice * (DELTA_THREADS / LANES) + tid / LANES;
   const bool inside = row < DV;
   const int safe_row = inside ? row : DV - 1;
 

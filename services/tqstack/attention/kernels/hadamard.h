@@ -2,12 +2,12 @@
 // vector is x[i] of a lane.
 template <int N>
 FN void hadamard(LOCAL float (&x)[N], int lane) {
-  UNROLL for (int half = 1; half < N; half *= 2)
+  UNROLL for (int step = 1; step < N; step *= 2)
     UNROLL for (int i = 0; i < N; i++)
-      if ((i & half) == 0) {
-        float low = x[i], high = x[i + half];
+      if ((i & step) == 0) {
+        float low = x[i], high = x[i + step];
         x[i] = low + high;
-        x[i + half] = low - high;
+        x[i + step] = low - high;
       }
   UNROLL for (int lanes = 1; lanes < 32; lanes *= 2)
     UNROLL for (int i = 0; i < N; i++) {

@@ -19,8 +19,8 @@ struct Table {
 };
 
 template <typename T, int THREADS>
-FN void fill_table(SHARED(word) table, IN(word) entries, int thread) {
-  UNROLL_8 for (int i = thread; i < T::WORDS; i += THREADS) table[i] = entries[i / T::COPIES];
+FN void fill_table(SHARED(word) table, IN(word) entries, int tid) {
+  UNROLL_8 for (int i = tid; i < T::WORDS; i += THREADS) table[i] = entries[i / T::COPIES];
 }
 
 // Bits [at, at + FIELD) of a lane's words, as a byte offset into its copy of the table.

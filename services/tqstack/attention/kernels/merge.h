@@ -12,30 +12,30 @@ struct Merge {
 
 template <int DV, bool SINKS, bool ROTATE, typename T>
 FN void merge(IN(float) parts, IN(float) stats, IN(float) sinks, IN(float) signs, IN(Call) call,
-              OUT(T) out, SHARED(float) decays, int thread, int index, int head) {
+              OUT(T) out, SHARED(float) decays, int tid, int index, int head) {
   typedef Merge<DV> S;
   SHARED(float) sums = decays + MERGERS;
   SHARED(float) peaks = sums + S::GROUPS * S::VALUES;  // of every warp
   SHARED(float) totals = peaks + MERGERS / 32;
-  const int lane = thread % 32, warp = thread / 32, splits = call->splits;
+  const int lane = tid % 32, warp = tid / 32, splits = call->splits;
   const int column = index % COLUMNS, tiles = (call->rows + COLUMNS - 1) / COLUMNS;
   const size_t part = (size_t(head) * tiles + index / COLUMNS) * splits;
   parts += (part * COLUMNS + column) * DV;
   stats += part * COLUMNS * 2 + column;
 
-  const float m = thread < splits ? stats[thread * 2 * COLUMNS] : FLOOR;
-  const float l = thread < splits ? stats[(thread * 2 + 1) * COLUMNS] : 0.0f;
+  const float m = tid < splits ? stats[tid * 2 * COLUMNS] : FLOOR;
+  const float l = tid < splits ? stats[(tid * 2 + 1) * COLUMNS] : 0.0f;
   float peak = warp_max(m);
   if (lane == 0) peaks[warp] = peak;
   block_sync();
   peak = warp_max(peaks[lane % (MERGERS / 32)]);
   const float own = l > 0 ? fast_exp2(m - peak) : 0.0f;
-  decays[thread] = own;
+  decays[tid] = own;
   const float total_of_warp = warp_sum(own * l);
   if (lane == 0) totals[warp] = total_of_warp;
   block_sync();
 
-  const int group = thread / S::WIDTH, d = thread % S::WIDTH * 4;
+  const int group = tid / S::WIDTH, d = tid % S::WIDTH * 4;
   float sum[4] = {0, 0, 0, 0};
   if (group < S::GROUPS && d < DV)
     for (int first = group; first < splits; first += 8 * S::GROUPS) {
@@ -54,7 +54,7 @@ FN void merge(IN(float) parts, IN(float) stats, IN(float) sinks, IN(float) signs
   if (group < S::GROUPS)
     UNROLL for (int k = 0; k < 4; k++) sums[group * S::VALUES + d + k] = sum[k];
   block_sync();
-  if (thread < 32) {
+  if (tid < 32) {
     constexpr int N = (DV + 31) / 32;
     float x[N], total = 0;
     UNROLL for (int w = 0; w < MERGERS / 32; w++) total += totals[w];

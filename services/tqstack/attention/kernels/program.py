@@ -18,10 +18,10 @@ import mlx.core as mx
 FOLDER = Path(__file__).parent
 # Names that the call of a body uses: the block's indices and the thread within it.
 PRELUDES = {
-    "cuda": "const uint3 block = blockIdx; const int thread = threadIdx.x;",
+    "cuda": "const uint3 block = blockIdx; const int tid = threadIdx.x;",
     "metal": (
         "const uint3 block = threadgroup_position_in_grid; "
-        "const int thread = thread_position_in_threadgroup.x;"
+        "const int tid = thread_position_in_threadgroup.x;"
     ),
 }
 

@@ -17,7 +17,7 @@ GATED_DELTA = Program(
     call="""
 gated_delta<DK, DV, LANES, MASKED>(
     q, k, v, a, b, log_rate, bias, mask, state, (IN(DeltaCall))call, y, new_state,
-    thread, block.x, block.y);""",
+    tid, block.x, block.y);""",
     inputs=("q", "k", "v", "a", "b", "log_rate", "bias", "mask", "state", "call"),
     outputs=("y", "new_state"),
 )

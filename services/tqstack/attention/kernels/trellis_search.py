@@ -19,7 +19,7 @@ SHARED_ARRAY float reached[T::GROUPS];
 SHARED_ARRAY unsigned char backs[(DIM + T::PER_BYTE - 1) / T::PER_BYTE * T::GROUPS];
 SHARED_ARRAY unsigned char path[DIM];
 viterbi<DIM, BITS, WINDOW>(
-    x, codebook, codes, reaches, costs, reached, backs, path, thread, block.x);""",
+    x, codebook, codes, reaches, costs, reached, backs, path, tid, block.x);""",
     inputs=("x", "codebook"),
     outputs=("codes", "reaches"),
 )

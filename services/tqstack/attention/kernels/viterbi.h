@@ -27,19 +27,19 @@ FN int nearest_branch(SHARED(const float) costs, int group, LOCAL float& least) 
 template <typename T, int BITS>
 FN void best_path(IN(float) x, int values, float sign, int first, int count, int given,
                   float level, SHARED(float) costs, SHARED(float) reached,
-                  SHARED(unsigned char) backs, SHARED(unsigned char) path, int thread) {
-  const int branch = thread % T::BRANCHES, group = thread / T::BRANCHES;
-  const int from = thread % T::GROUPS;
+                  SHARED(unsigned char) backs, SHARED(unsigned char) path, int tid) {
+  const int branch = tid % T::BRANCHES, group = tid / T::BRANCHES;
+  const int from = tid % T::GROUPS;
   int held = 0;
   for (int i = 0; i <= count; i++) {
     if (i > 0) {  // the cheapest way into each group, over all its states at value i - 1
-      if (thread < T::GROUPS) {
+      if (tid < T::GROUPS) {
         float least;
-        int back = nearest_branch<T>(costs, thread, least);
-        reached[thread] = least;
+        int back = nearest_branch<T>(costs, tid, least);
+        reached[tid] = least;
         held |= back << (T::FIELD * ((i - 1) % T::PER_BYTE));
         if (i % T::PER_BYTE == 0 || i == count) {
-          backs[(i - 1) / T::PER_BYTE * T::GROUPS + thread] = (unsigned char)held;
+          backs[(i - 1) / T::PER_BYTE * T::GROUPS + tid] = (unsigned char)held;
           held = 0;
         }
       }
@@ -52,7 +52,7 @@ FN void best_path(IN(float) x, int values, float sign, int first, int count, int
     costs[branch * T::ROW + group] = entered + miss * miss;
     block_sync();
   }
-  if (thread == 0) {
+  if (tid == 0) {
     int at = 0;
     for (int g = 1; g < T::GROUPS; g++)
       if (reached[g] < reached[at]) at = g;
@@ -70,12 +70,12 @@ FN void best_path(IN(float) x, int values, float sign, int first, int count, int
 
 // The sum over the block of a number per thread, for every thread.
 template <int THREADS>
-FN float block_sum(float x, SHARED(float) sums, int thread) {
+FN float block_sum(float x, SHARED(float) sums, int tid) {
   block_sync();
-  sums[thread] = x;
-  for (int half = THREADS / 2; half > 0; half /= 2) {
+  sums[tid] = x;
+  for (int step = THREADS / 2; step > 0; step /= 2) {
     block_sync();
-    if (thread < half) sums[thread] += sums[thread + half];
+    if (tid < step) sums[tid] += sums[tid + step];
   }
   block_sync();
   return sums[0];
@@ -86,33 +86,33 @@ FN float block_sum(float x, SHARED(float) sums, int thread) {
 template <int DIM, int BITS, int WINDOW>
 FN void viterbi(IN(float) x, IN(float) codebook, OUT(word) codes, OUT(float) reaches,
                 SHARED(float) costs, SHARED(float) reached, SHARED(unsigned char) backs,
-                SHARED(unsigned char) path, int thread, int row) {
+                SHARED(unsigned char) path, int tid, int row) {
   typedef Trellis<BITS, WINDOW> T;
   constexpr int SEAM = DIM / 2 < 32 ? DIM / 2 : 32;
   x += size_t(row) * DIM;
   codes += size_t(row) * DIM;
-  const float level = codebook[thread];
+  const float level = codebook[tid];
   float best = -1.0f;
   for (int mirrored = 0; mirrored < 2; mirrored++) {
     const float sign = mirrored ? -1.0f : 1.0f;
     best_path<T, BITS>(x, DIM, sign, DIM - SEAM, 2 * SEAM, -1, level, costs, reached, backs, path,
-                       thread);
+                       tid);
     const int given = path[SEAM] % T::GROUPS;
     block_sync();
-    best_path<T, BITS>(x, DIM, sign, 0, DIM, given, level, costs, reached, backs, path, thread);
+    best_path<T, BITS>(x, DIM, sign, 0, DIM, given, level, costs, reached, backs, path, tid);
     float square = 0, product = 0;
-    for (int i = thread; i < DIM; i += T::STATES) {
+    for (int i = tid; i < DIM; i += T::STATES) {
       float value = codebook[path[i]];
       square += value * value;
       product += sign * x[i] * value;
     }
-    square = block_sum<T::STATES>(square, costs, thread);
-    product = block_sum<T::STATES>(product, costs, thread);
+    square = block_sum<T::STATES>(square, costs, tid);
+    product = block_sum<T::STATES>(product, costs, tid);
     const float cosine = product / sqrt(square * DIM);
     if (cosine > best || mirrored == 0) {
       best = cosine;
-      for (int i = thread; i < DIM; i += T::STATES) codes[i] = path[i] % T::BRANCHES;
-      if (thread == 0) reaches[row] = sign * product / sqrt(float(DIM));
+      for (int i = tid; i < DIM; i += T::STATES) codes[i] = path[i] % T::BRANCHES;
+      if (tid == 0) reaches[row] = sign * product / sqrt(float(DIM));
     }
     block_sync();
   }
