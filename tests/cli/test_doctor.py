@@ -6,7 +6,8 @@ from processes import free_port, tqstack
 
 
 def doctor(home, **settings):
-    return tqstack(home, "doctor", "--json", **settings)
+    ports = {"ROUTER_PORT": str(free_port()), "SIDECAR_PORT": str(free_port())}
+    return tqstack(home, "doctor", "--json", **ports, **settings)
 
 
 def test_it_tells_what_would_be_served_and_whether_it_fits(tmp_path):

@@ -5,27 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from tqstack.cli import checks
+from tqstack.cli.checks import Finding
 from tqstack.cli.common import console, openblas, preload_openblas
-from tqstack.settings import Settings, SettingsError, accelerator, config_path, load_settings
+from tqstack.machine import accelerator
+from tqstack.settings import Settings, SettingsError, config_path, load_settings
 
 PACKAGES = ("tqstack", "mlx", "mlx-lm", "transformers", "fastapi", "uvicorn", "httpx")
 MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "wrong": "[red]wrong[/]"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report; `advice` says what to do if it is not ok."""
-
-    what: str
-    state: Literal["ok", "note", "wrong"]
-    detail: str
-    advice: str = ""
 
 
 def doctor(
@@ -58,6 +51,9 @@ def examine() -> Iterator[Finding]:
     yield Finding(
         "settings", "ok", str(path) if path.exists() else f"defaults ({path} is not there)"
     )
+    yield from checks.permissions(settings)
+    yield from checks.ports(settings)
+    yield checks.services()
     yield _backend("ollama", settings.ollama_base_url, "/v1/models", "start it: ollama serve")
     yield from _model(settings)
 
@@ -105,27 +101,41 @@ def _backend(name: str, url: str, path: str, advice: str) -> Finding:
 
 
 def _model(settings: Settings) -> Iterator[Finding]:
-    """Load the model as the sidecar would: the proof of compression and the plan come with it."""
-    from tqstack.sidecar.runtime import load_runtime
+    """Load the model as the sidecar would: the proof of compression and the plan come with it.
 
+    A sidecar that runs has done so, and tells: two models may be more than the memory holds.
+    """
     if not settings.runs_sidecar:
         yield Finding("model", "note", "the sidecar is off (SIDECAR_ENABLED)")
         return
+    running = checks.health(settings.sidecar_url)
+    if running and "memory_plan" in running:
+        yield Finding("model", "ok", _told(running["model"], running["cache"]["codec"]))
+        yield _memory(running["memory_plan"], running["model"]["context_length"])
+        return
+    yield (files := checks.files(settings.model_name))
+    if files.state != "ok":
+        return
+    from tqstack.sidecar.runtime import load_runtime
+
     try:
         runtime = load_runtime(settings)
     except Exception as error:  # whatever keeps the sidecar from starting is the finding
         yield Finding("model", "wrong", f"{settings.model_name}: {error}", "set SIDECAR_MODEL")
         return
     about, plan = runtime.describe(), runtime.plan
-    yield Finding(
-        "model",
-        "ok",
-        f"{about['id']}: {about['recurrent_layers']} recurrent and "
-        f"{len(about['softmax_layers'])} softmax layers, codec {runtime.codec}, "
-        f"layers {about['compressed_layers']} proven compressed",
-    )
+    yield Finding("model", "ok", _told(about, runtime.codec))
     yield _memory(plan.as_dict(), about["context_length"])
     yield from _kernels(runtime.new_cache(), runtime.model)
+
+
+def _told(about: dict[str, Any], codec: str) -> str:
+    proven = about.get("compressed_layers")
+    return (
+        f"{about['id']}: {about['recurrent_layers']} recurrent and "
+        f"{len(about['softmax_layers'])} softmax layers, codec {codec}, "
+        + (f"layers {proven} proven compressed" if proven else "loaded when it is needed")
+    )
 
 
 def _kernels(cache: list[Any], model: Any) -> Iterator[Finding]:
