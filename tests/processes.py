@@ -67,9 +67,9 @@ def running(argv: list[str], environment: dict[str, str], log: Path) -> Iterator
             process.wait()
 
 
-def get(url: str) -> httpx.Response | None:
+def get(url: str, key: str = "") -> httpx.Response | None:
     try:
-        return httpx.get(url, timeout=5, trust_env=False)
+        return httpx.get(url, headers={"x-api-key": key}, timeout=5, trust_env=False)
     except httpx.HTTPError:
         return None
 
@@ -82,11 +82,11 @@ def wait_until(condition, what: str, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-def wait_for(url: str, log: Path, seconds: float = 90) -> None:
+def wait_for(url: str, log: Path, seconds: float = 90, key: str = "") -> None:
     """Until `url` answers with success; the log's end tells why it does not."""
 
     def answers() -> bool:
-        response = get(url)
+        response = get(url, key)
         return response is not None and response.is_success
 
     try:

@@ -20,6 +20,7 @@ class Stack:
     sidecar: str
     other: str | None
     supervisor: int
+    key: str = ""
 
     def client(self, url: str | None = None) -> OpenAI:
         return OpenAI(base_url=f"{url or self.router}/v1", api_key="local", max_retries=0)
@@ -54,9 +55,10 @@ def whole_stack(home: Path, other: tuple[str, str] | None, **settings: str) -> I
         **settings,
     )
     with running(["-m", "tqstack", "up"], environment, log) as process:
-        stack = Stack(f"http://127.0.0.1:{router}", f"http://127.0.0.1:{sidecar}", url, process.pid)
-        wait_for(f"{stack.sidecar}/health", log)
-        wait_for(f"{stack.router}/health", log)
+        urls = [f"http://127.0.0.1:{port}" for port in (router, sidecar)]
+        stack = Stack(*urls, url, process.pid, settings.get("TQSTACK_API_KEY", ""))
+        for service in urls:
+            wait_for(f"{service}/health", log, key=stack.key)
         wait_until(lambda: backend_is_up(stack, "sidecar"), "the router sees the sidecar")
         if other:
             wait_until(lambda: backend_is_up(stack, "ollama"), "the router sees the other backend")
@@ -64,5 +66,5 @@ def whole_stack(home: Path, other: tuple[str, str] | None, **settings: str) -> I
 
 
 def backend_is_up(stack: Stack, name: str) -> bool:
-    response = get(f"{stack.router}/health")
+    response = get(f"{stack.router}/health", stack.key)
     return response is not None and response.json()["backends"][name]["state"] == "up"

@@ -175,6 +175,10 @@ class Settings(BaseSettings):
     def sidecar_url(self) -> str:
         return _url(self.sidecar_host, self.sidecar_port)
 
+    def known_hosts(self, host: str) -> list[str]:
+        """Names under which a service that listens on `host` may be reached."""
+        return [*LOOPBACK, host, *self.router_allowed_hosts.split(",")]
+
     @property
     def router_url(self) -> str:
         return _url(self.router_host, self.router_port)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,20 +16,28 @@ log = logging.getLogger(__name__)
 _KNOWN = {404: "there is no such path here", 405: "this path does not take that method"}
 
 
-def add_error_handlers(app: FastAPI) -> None:
-    """Answer every failure of `app` with the OpenAI envelope."""
+def add_error_handlers(app: FastAPI, other_paths: Iterable[str] = ()) -> None:
+    """Answer every failure of `app` with the OpenAI envelope.
+
+    Args:
+        other_paths: paths that exist, though the framework does not know them.
+    """
+    others = frozenset(other_paths)
+
+    async def http_error(request: Request, error: Any) -> Response:
+        status, path = error.status_code, request.url.path
+        if status == 404 and path in others:
+            status = 405
+        message = f"{request.method} {path}: {_KNOWN.get(status, error.detail)}"
+        return JSONResponse(error_body(status, message), status, error.headers)
+
     app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, _bug)
 
 
 async def _api_error(request: Request, error: Any) -> Response:
     return JSONResponse(error.body, error.status, error.headers)
-
-
-async def _http_error(request: Request, error: Any) -> Response:
-    message = f"{request.method} {request.url.path}: {_KNOWN.get(error.status_code, error.detail)}"
-    return JSONResponse(error_body(error.status_code, message), error.status_code, error.headers)
 
 
 async def _bug(request: Request, error: Exception) -> Response:

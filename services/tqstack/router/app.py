@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
 
-from tqstack.openai_api.errors import ApiError, error_body
+from tqstack.openai_api.errors import ApiError
+from tqstack.openai_api.guard import Guard, cors_headers, preflight
+from tqstack.openai_api.handlers import add_error_handlers
 from tqstack.openai_api.schema import ChatRequest, EmbeddingRequest, TextRequest
 from tqstack.router import views
 from tqstack.router.backends import Backend
@@ -21,7 +21,6 @@ from tqstack.router.dialects.responses import Responses
 from tqstack.router.estimate import Estimator
 from tqstack.router.exact import ExactCounter
 from tqstack.router.forward import Endpoint, Forward, Services
-from tqstack.router.guard import Guard, cors_headers, preflight
 from tqstack.router.journal import Journal
 from tqstack.router.metrics import Metrics
 from tqstack.router.policy import Name
@@ -97,18 +96,24 @@ def create_app(settings: Settings) -> RouterApp:
 
     app = RouterApp(title="tqstack router", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.forwards = {}
-    app.guard = Guard(settings)
+    # The status page has no data of its own, and asks for the key.
+    app.guard = Guard(
+        settings.known_hosts(settings.router_host), settings.tqstack_api_key, open_paths=("/",)
+    )
     for path, endpoint in VIEWS:
         app.add_api_route(path, endpoint, methods=["GET"])
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(HTTPException, _http_error)
+    add_error_handlers(app, [endpoint.path for endpoint in FORWARDED])
     return app
 
 
 def _services(settings: Settings, upstream: Upstream) -> Services:
     backends: dict[Name, Backend] = {
         "sidecar": Backend(
-            "sidecar", settings.sidecar_url, upstream, enabled=settings.runs_sidecar
+            "sidecar",
+            settings.sidecar_url,
+            upstream,
+            enabled=settings.runs_sidecar,
+            key=settings.tqstack_api_key,
         ),
         "ollama": Backend(
             "ollama", settings.ollama_base_url, upstream, model=settings.ollama_model
@@ -118,16 +123,3 @@ def _services(settings: Settings, upstream: Upstream) -> Services:
     metrics = Metrics(backends)
     journal = Journal(metrics.observe)
     return Services(settings, upstream, backends, Estimator(), counter, journal, metrics)
-
-
-async def _api_error(request: Request, error: Any) -> Response:
-    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
-
-
-async def _http_error(request: Request, error: Any) -> Response:
-    status, path = error.status_code, request.url.path
-    if status == 404 and path in request.app.forwards:
-        status = 405
-    known = {404: "there is no such path here", 405: "this path does not take that method"}
-    message = f"{request.method} {path}: {known.get(status, error.detail)}"
-    return JSONResponse(error_body(status, message), status_code=status, headers=error.headers)

@@ -50,10 +50,19 @@ class Backend:
     """One backend: its address, health, breaker and load."""
 
     def __init__(
-        self, name: Name, url: str, upstream: Upstream, *, model: str = "", enabled: bool = True
+        self,
+        name: Name,
+        url: str,
+        upstream: Upstream,
+        *,
+        model: str = "",
+        enabled: bool = True,
+        key: str = "",
     ):
         self.name: Name = name
         self.url = url
+        # Our own key for our own sidecar; a client's never goes further.
+        self.headers = {"authorization": f"Bearer {key}"} if key else {}
         self.health = Health() if enabled else Health("off", detail="switched off", asked=True)
         self.breaker = Breaker()
         self.running = 0  # requests of ours
@@ -237,7 +246,9 @@ class Backend:
         }
 
     async def _get(self, path: str) -> tuple[int, dict[str, Any]]:
-        answer = await self._upstream.send("GET", self.url + path, b"", {}, 2 * PROBE_SECONDS)
+        answer = await self._upstream.send(
+            "GET", self.url + path, b"", self.headers, 2 * PROBE_SECONDS
+        )
         try:
             body = bytearray()
             while chunk := await answer.read(2 * PROBE_SECONDS):

@@ -74,7 +74,8 @@ class Relay:
             prefill = (record.estimate or 0) / _PREFILL_TOKENS_PER_SECOND
             limit = self._settings.router_first_token_seconds + prefill
         try:
-            answer = await self._upstream.send("POST", url, body, _HEADERS, limit)
+            headers = _HEADERS | self._backend.headers
+            answer = await self._upstream.send("POST", url, body, headers, limit)
             if answer.status != 200:
                 raise await self._refusal(answer)
             if record.stream:

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from tqstack.openai_api import sse
 from tqstack.openai_api.errors import ApiError, bad_request
+from tqstack.openai_api.guard import Guard, Guarded
 from tqstack.openai_api.handlers import add_error_handlers
 from tqstack.openai_api.schema import ChatRequest, TextRequest, parse_json, validate
 from tqstack.settings import Settings
@@ -122,6 +123,8 @@ def create_app(
     for method, path, endpoint in routes:
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
     add_error_handlers(app)
+    hosts = settings.known_hosts(settings.sidecar_host)
+    app.add_middleware(Guarded, guard=Guard(hosts, settings.tqstack_api_key))
     return app
 
 

@@ -1,4 +1,4 @@
-"""Who may talk to the router: checks of Host, Origin and key, before anything else is looked at.
+"""Who may talk to a service: checks of Host, Origin and key, before anything else is looked at.
 
 A web page that the user visits can send requests to 127.0.0.1, with its own Origin, or under a name
 of its own that it lets point here (DNS rebinding). Neither gets an answer.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
-from tqstack.openai_api.errors import ApiError
-from tqstack.settings import LOOPBACK, Settings
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-_OPEN_PATHS = ("/",)  # the status page has no data of its own, and asks for the key
+from tqstack.openai_api.errors import ApiError
+
 _PREFLIGHT = [
     (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
     (b"access-control-allow-headers", b"*, authorization"),
@@ -23,12 +25,18 @@ _PREFLIGHT = [
 
 
 class Guard:
-    """The checks, for one router's settings."""
+    """The checks of one service.
 
-    def __init__(self, settings: Settings):
-        extra = [name.strip().lower() for name in settings.router_allowed_hosts.split(",")]
-        self._names = {*LOOPBACK, settings.router_host.lower(), *filter(None, extra)}
-        self._key = settings.tqstack_api_key.encode()
+    Args:
+        hosts: names under which it may be reached, and from whose pages.
+        key: what clients must send; empty: nothing.
+        open_paths: need no key.
+    """
+
+    def __init__(self, hosts: Iterable[str], key: str, open_paths: tuple[str, ...] = ()):
+        self._names = {host.strip().lower() for host in hosts} - {""}
+        self._key = key.encode()
+        self._open_paths = open_paths
 
     def check(self, scope: Any) -> str | None:
         """Lets a request pass, and gives back its Origin, if it has one.
@@ -54,7 +62,7 @@ class Guard:
             raise _foreign(f"the host {host!r}")
         if origin is not None and not self._knows(origin):
             raise _foreign(f"pages from {origin!r}")
-        if self._key and scope["method"] != "OPTIONS" and scope["path"] not in _OPEN_PATHS:
+        if self._key and scope["method"] != "OPTIONS" and scope["path"] not in self._open_paths:
             self._check_key(key)
         return origin
 
@@ -62,7 +70,7 @@ class Guard:
         if key is None or not hmac.compare_digest(key, self._key):
             raise ApiError(
                 401,
-                "this router needs its key: send `Authorization: Bearer KEY` with the value of "
+                "this service needs its key: send `Authorization: Bearer KEY` with the value of "
                 "TQSTACK_API_KEY",
                 code="invalid_api_key",
             )
@@ -89,9 +97,26 @@ def _is_address(name: str) -> bool:
 def _foreign(what: str) -> ApiError:
     return ApiError(
         403,
-        f"this router does not answer {what}; if it should, add the name to ROUTER_ALLOWED_HOSTS",
+        f"this service does not answer {what}; if it should, add the name to ROUTER_ALLOWED_HOSTS",
         code="forbidden",
     )
+
+
+class Guarded:
+    """A guard in front of an ASGI application."""
+
+    def __init__(self, app: ASGIApp, guard: Guard):
+        self._app = app
+        self._guard = guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._guard.check(scope)
+            except ApiError as error:
+                response = JSONResponse(error.body, error.status, error.headers)
+                return await response(scope, receive, send)
+        await self._app(scope, receive, send)
 
 
 def cors_headers(origin: str) -> list[tuple[bytes, bytes]]:
