@@ -9,7 +9,8 @@ import pytest
 from mlx_lm.sample_utils import greedy_sampler
 
 from tqstack.settings import Settings
-from tqstack.sidecar.engine import Engine, Failed, Job, Token
+from tqstack.sidecar.engine import Engine
+from tqstack.sidecar.jobs import Failed, Job, Token
 from tqstack.sidecar.runtime import load_runtime
 
 

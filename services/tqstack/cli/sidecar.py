@@ -35,9 +35,13 @@ def serve(config: Settings) -> Exception | None:
         failure.append(error)
         server.should_exit = True
 
+    try:
+        app = create_app(config, on_failure=give_up)
+    except ValueError as error:
+        return error
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(config, on_failure=give_up),
+            app,
             host=config.sidecar_host,
             port=config.sidecar_port,
             access_log=False,

@@ -17,10 +17,13 @@ from tqstack.openai_api.handlers import add_error_handlers
 from tqstack.openai_api.schema import ChatRequest, TextRequest, parse_json, validate
 from tqstack.settings import Settings
 from tqstack.sidecar.answers import Answer
-from tqstack.sidecar.engine import Engine, Progress
+from tqstack.sidecar.engine import Engine
 from tqstack.sidecar.generation import Finish, Generation
+from tqstack.sidecar.jobs import Progress
+from tqstack.sidecar.lifecycle import Loader
 from tqstack.sidecar.metrics import Metrics
-from tqstack.sidecar.runtime import Runtime, load_runtime
+from tqstack.sidecar.model import resolve
+from tqstack.sidecar.runtime import Runtime
 from tqstack.sidecar.streaming import EventStream, WhileConnected, read_body
 
 BODY_LIMIT = 64 << 20
@@ -31,9 +34,11 @@ ANY_MODEL = ("", "auto", "default", "tqstack")
 class Sidecar:
     """The handlers, and what they share."""
 
-    def __init__(self, engine: Engine, settings: Settings):
+    def __init__(self, engine: Engine, loader: Loader, settings: Settings):
         self._engine = engine
-        self._settings = settings
+        self._loader = loader
+        self._id, path = resolve(settings.model_name)
+        self._names = (self._id, path, *ANY_MODEL)
         self._metrics = Metrics(engine)
 
     async def chat_completions(self, request: Request) -> Response:
@@ -43,32 +48,33 @@ class Sidecar:
         return await self._answer(request, TextRequest)
 
     async def models(self, request: Request) -> Response:
-        runtime = self._engine.runtime
-        data = [model_card(runtime)] if runtime else []
+        facts = self._engine.lifecycle.facts
+        data = [model_card(facts.about)] if facts else []
         return JSONResponse({"object": "list", "data": data})
 
     async def model(self, request: Request) -> Response:
-        runtime, name = self._ready(), request.path_params["name"]
-        if name not in (runtime.id, *ANY_MODEL):
-            raise unknown_model(name, runtime)
-        return JSONResponse(model_card(runtime))
+        self._check_name(request.path_params["name"])
+        facts = self._engine.lifecycle.facts
+        if facts is None:
+            raise self._not_ready()
+        return JSONResponse(model_card(facts.about))
 
     async def health(self, request: Request) -> Response:
-        engine, runtime = self._engine, self._engine.runtime
-        status = "error" if engine.error else "ok" if runtime else "loading"
+        """A model that is not in memory is no illness: it is loaded for whoever asks."""
+        engine, facts = self._engine, self._engine.lifecycle.facts
+        status = "error" if engine.error else "ok" if facts else "loading"
         body: dict[str, Any] = {"status": status, **engine.status()}
+        body["lifecycle"]["freed_by_ollama"] = self._loader.freed
         if engine.error:
             body["error"] = engine.error
-        if runtime:
-            body["model"] = runtime.describe()
+        body["model"] = facts.about if facts else {"id": self._id}
+        if facts:
             body["cache"] |= {
-                "codec": runtime.codec,
-                "bytes_per_token": runtime.plan.per_token,
-                "bytes_per_token_fp16": runtime.plan.per_token_fp16,
+                "codec": facts.codec,
+                "bytes_per_token": facts.plan.per_token,
+                "bytes_per_token_fp16": facts.plan.per_token_fp16,
             }
-            body["memory_plan"] = runtime.plan.as_dict()
-        else:
-            body["model"] = {"id": self._settings.model_name}
+            body["memory_plan"] = facts.plan.as_dict()
         return JSONResponse(body, 200 if status == "ok" else 503)
 
     async def metrics(self, request: Request) -> Response:
@@ -76,9 +82,8 @@ class Sidecar:
 
     async def _answer(self, request: Request, kind: type) -> Response:
         parsed = validate(kind, parse_json(await read_body(request, BODY_LIMIT)))
-        runtime = self._ready()
-        if parsed.model not in (runtime.id, runtime.loaded.path, *ANY_MODEL):
-            raise unknown_model(parsed.model, runtime)
+        self._check_name(parsed.model)
+        runtime = await self._ready()
         # Template and tokenizer take a second for a very long prompt: not on the event loop.
         generation = await asyncio.to_thread(Generation, self._engine, runtime, parsed)
         answer = Answer(runtime.id, chat=kind is ChatRequest)
@@ -87,23 +92,41 @@ class Sidecar:
             return EventStream(lambda: stream_events(generation, answer, usage))
         return WhileConnected(lambda: whole_answer(generation, answer))
 
-    def _ready(self) -> Runtime:
-        if self._engine.runtime is None:
-            why = self._engine.error or f"{self._settings.model_name} is being loaded"
-            raise ApiError(503, why, code="model_not_ready", retry_after=5)
-        return self._engine.runtime
+    async def _ready(self) -> Runtime:
+        """The model, which this waits for unless it is the first time: others can serve then."""
+        if self._engine.lifecycle.starting:
+            raise self._not_ready()
+        return await asyncio.wrap_future(self._engine.ready())
+
+    def _not_ready(self) -> ApiError:
+        why = self._engine.error or f"{self._id} is being loaded"
+        return ApiError(503, why, code="model_not_ready", retry_after=5)
+
+    def _check_name(self, name: str) -> None:
+        if name not in self._names:
+            raise bad_request(
+                f"the model {name!r} is not here; this sidecar serves {self._id!r}",
+                "model",
+                "model_not_found",
+            )
 
 
 def create_app(
     settings: Settings, on_failure: Callable[[Exception], None] | None = None
 ) -> FastAPI:
-    """The application; its model is loaded in the background once it starts.
+    """The application; its model is loaded in the background once it starts, or when needed.
 
     Args:
         on_failure: told if the model cannot be loaded.
+
+    Raises:
+        ValueError: there is no such model; the message says what to do.
     """
-    engine = Engine(lambda: load_runtime(settings), on_failure)
-    sidecar = Sidecar(engine, settings)
+    loader = Loader(settings)
+    unloaded = loader.planned() if settings.loads_lazily else None
+    idle = settings.sidecar_idle_unload_seconds
+    engine = Engine(loader.load, on_failure, unloaded, idle)
+    sidecar = Sidecar(engine, loader, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -128,26 +151,17 @@ def create_app(
     return app
 
 
-def model_card(runtime: Runtime) -> dict[str, Any]:
+def model_card(about: dict[str, Any]) -> dict[str, Any]:
     """An entry of `/v1/models`."""
-    loaded = runtime.loaded
     return {
-        "id": loaded.id,
+        "id": about["id"],
         "object": "model",
         "created": 0,
         "owned_by": "tqstack",
-        "name": f"{loaded.id} (long context)",
-        "architecture": loaded.architecture,
-        "context_length": loaded.context_length,
+        "name": f"{about['id']} (long context)",
+        "architecture": about["architecture"],
+        "context_length": about["context_length"],
     }
-
-
-def unknown_model(name: str, runtime: Runtime) -> ApiError:
-    return bad_request(
-        f"the model {name!r} is not here; this sidecar serves {runtime.id!r}",
-        "model",
-        "model_not_found",
-    )
 
 
 async def whole_answer(generation: Generation, answer: Answer) -> dict[str, Any]:

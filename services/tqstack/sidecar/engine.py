@@ -6,13 +6,14 @@ generator the thread takes in what has come, so that requests join and leave a r
 
 from __future__ import annotations
 
+import gc
 import logging
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from typing import Any
 
 import mlx.core as mx
@@ -21,65 +22,23 @@ from mlx_lm.models.cache import LRUPromptCache
 
 from tqstack.attention.cache import TurboQuantKVCache
 from tqstack.openai_api.errors import ApiError
+from tqstack.sidecar.jobs import (
+    Failed,
+    Job,
+    Progress,
+    Removed,
+    Token,
+    no_room,
+    stats_of,
+)
+from tqstack.sidecar.lifecycle import Facts, Lifecycle
 from tqstack.sidecar.runtime import Runtime
-from tqstack.sidecar.sampling import Sampler
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
-class Job:
-    """One sequence to generate. `deliver` is called from the engine's thread and must not block."""
-
-    segments: list[list[int]]
-    max_tokens: int
-    sampler: Sampler
-    processors: list[Any]
-    deliver: Callable[[Event], None]
-    cached_tokens: int = 0
-    generated: int = 0
-    started: float = 0.0
-    first_token: float = 0.0
-    ended: float = 0.0
-    stats: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(len(segment) for segment in self.segments)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the sequence, if it runs to its limit."""
-        return self.prompt_tokens + self.max_tokens
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Prompt tokens processed so far."""
-
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token; the last one of a sequence has a reason ("stop": `id` is the end marker)."""
-
-    id: int
-    finish_reason: str | None
-
-
-@dataclass(frozen=True)
-class Failed:
-    error: ApiError
-
-
-@dataclass(frozen=True)
-class Removed:
-    """A cancelled job is off the engine; its stats are those of what it did."""
-
-
-Event = Progress | Token | Failed | Removed
+class LoadError(Exception):
+    """The model could not be loaded; everybody has been told why."""
 
 
 class Engine:
@@ -88,19 +47,24 @@ class Engine:
     Args:
         load: makes the runtime; called in the engine's thread, which then owns the model.
         on_failure: told when loading fails; the process should end.
+        unloaded: facts of a model that is to be loaded when it is first needed; None: at once.
+        idle_seconds: without a request for so long, the model is unloaded; 0: never.
     """
 
     def __init__(
         self,
         load: Callable[[], Runtime],
         on_failure: Callable[[Exception], None] | None = None,
+        unloaded: Facts | None = None,
+        idle_seconds: float = 0,
     ):
         self.runtime: Runtime | None = None
+        self.lifecycle = Lifecycle(unloaded, idle_seconds)
         self.error: str | None = None
         self.last_token_at: float | None = None
         self._load = load
         self._on_failure = on_failure
-        self._inbox: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
         self._uids: dict[int, int] = {}  # id(job) -> uid
         self._waiting: deque[Job] = deque()
@@ -117,6 +81,15 @@ class Engine:
         """End the thread; requests still running are told so."""
         self._inbox.put(("stop", None))
         self._thread.join(timeout)
+
+    def ready(self) -> Future[Runtime]:
+        """The runtime, once it is loaded; asking for it has it loaded."""
+        future: Future[Runtime] = Future()
+        if (runtime := self.runtime) is not None:
+            future.set_result(runtime)
+        else:
+            self._inbox.put(("ready", future))
+        return future
 
     def submit(self, job: Job) -> None:
         self._inbox.put(("job", job))
@@ -138,22 +111,48 @@ class Engine:
             "cache": {"bytes": held, "bytes_fp16": plain},
             "totals": dict(self._totals),
             "last_token_at": self.last_token_at,
+            "lifecycle": self.lifecycle.as_dict(),
         }
 
     # -- the engine's thread -------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            self.runtime = self._load()
-            self._prefixes = LRUPromptCache(max_bytes=self.runtime.prefix_cache_bytes)
+            if self.lifecycle.starting:
+                self._load_model()
+            self._serve()
+        except LoadError:
+            self._refuse_until_stopped()
+
+    def _load_model(self) -> None:
+        """
+        Raises:
+            LoadError: it cannot be loaded, and all have been told.
+        """
+        try:
+            with self.lifecycle.loading():
+                runtime = self._load()
+            self._prefixes = LRUPromptCache(max_bytes=runtime.prefix_cache_bytes)
+            self.runtime = runtime
             self._generator = self._new_generator()
         except Exception as error:
             log.exception("the model could not be loaded")
             self.error = f"{type(error).__name__}: {error}"
             if self._on_failure:
                 self._on_failure(error)
-            self._refuse_until_stopped()
-            return
+            raise LoadError from error
+        self.lifecycle.loaded(Facts(runtime.describe(), runtime.codec, runtime.plan))
+
+    def _unload(self) -> None:
+        """Give the model's memory back. Nobody is served now; whoever comes has it loaded again."""
+        log.info("idle for %g s: unloading the model", self.lifecycle.idle_seconds)
+        self.runtime = None
+        del self._prefixes, self._generator
+        gc.collect()
+        mx.clear_cache()
+        self.lifecycle.unloaded()
+
+    def _serve(self) -> None:
         while self._take_in():
             try:
                 self._step()
@@ -177,23 +176,41 @@ class Engine:
     def _take_in(self) -> bool:
         """Read the inbox, waiting while there is nothing to do. False: stop."""
         while True:
+            limit = self.lifecycle.idle_seconds if self.runtime and not self._jobs else 0
             try:
-                message, job = self._inbox.get(block=not self._jobs)
+                message, what = self._inbox.get(block=not self._jobs, timeout=limit or None)
             except queue.Empty:
-                return True
-            if message == "stop" or job is None:
+                if self._jobs:
+                    return True
+                self._unload()
+                continue
+            if message == "stop":
                 return False
             if message == "cancel":
-                self._remove(job)
+                if self.runtime:
+                    self._remove(what)
+                continue
+            if self.runtime is None:
+                # Before anything else looks at it: whoever waits is told if it fails.
+                self._load_for(message, what)
+            if message == "ready":
+                what.set_result(self.runtime)
             else:
-                self._admit(job)
+                self._admit(what)
+
+    def _load_for(self, message: str, what: Any) -> None:
+        try:
+            self._load_model()
+        except LoadError:
+            self._refuse(message, what)
+            raise
 
     def _admit(self, job: Job) -> None:
         """Take a job in: to those who wait for room in the batch, or not at all."""
         assert self.runtime is not None
         plan = self.runtime.plan
         if not plan.fits(job.longest):
-            job.deliver(Failed(_no_room(job, plan.max_tokens())))
+            job.deliver(Failed(no_room(job, plan.max_tokens())))
             return
         self._waiting.append(job)
         self._admit_waiting()
@@ -249,7 +266,7 @@ class Engine:
             if job.generated:
                 cache, _ = self._generator.extract_cache([uid])[uid]
                 job.ended = time.perf_counter()
-                job.stats = _stats(job, cache)
+                job.stats = stats_of(job, cache)
             self._generator.remove([uid])
             del self._jobs[uid]
             self._measure()
@@ -277,7 +294,7 @@ class Engine:
         self._totals["output_tokens"] += 1
         if response.finish_reason is not None:
             job.ended = now
-            job.stats = _stats(job, response.prompt_cache)
+            job.stats = stats_of(job, response.prompt_cache)
             del self._jobs[response.uid], self._uids[id(job)]
         job.deliver(Token(response.token, response.finish_reason))
 
@@ -306,37 +323,19 @@ class Engine:
             job.deliver(Failed(ApiError(500, message, code="engine_error", retry=False)))
         self._jobs, self._uids = {}, {}
         self._waiting.clear()
-        self._generator = self._new_generator()
+        if self.runtime:
+            self._generator = self._new_generator()
 
     def _refuse_until_stopped(self) -> None:
         while True:
-            message, job = self._inbox.get()
-            if message == "stop" or job is None:
+            message, what = self._inbox.get()
+            if message == "stop":
                 return
-            if message == "job":
-                job.deliver(Failed(ApiError(503, f"no model: {self.error}", code="no_model")))
+            self._refuse(message, what)
 
-
-def _no_room(job: Job, most: int) -> ApiError:
-    return ApiError(
-        503,
-        f"{job.prompt_tokens} prompt tokens and up to {job.max_tokens} more do not fit in memory; "
-        f"{most} tokens in all would. Shorten the prompt, or set fewer TQ_KV_BITS",
-        code="insufficient_memory",
-        retry=False,
-    )
-
-
-def _stats(job: Job, cache: list[Any]) -> dict[str, Any]:
-    """Speed and bytes of a finished sequence, measured on the cache that it really had."""
-    entries = [entry for entry in cache if isinstance(entry, TurboQuantKVCache)]
-    fresh = job.prompt_tokens - job.cached_tokens
-    return {
-        "prefill_tokens_per_second": round(fresh / (job.first_token - job.started), 1),
-        "decode_tokens_per_second": round((job.generated - 1) / (job.ended - job.first_token), 1)
-        if job.generated > 1
-        else None,
-        "cache_tokens": entries[0].length if entries else 0,
-        "cache_bytes": sum(entry.nbytes for entry in entries),
-        "cache_bytes_fp16": sum(entry.nbytes_fp16 for entry in entries),
-    }
+    def _refuse(self, message: str, what: Any) -> None:
+        error = ApiError(503, f"no model: {self.error}", code="no_model")
+        if message == "ready":
+            what.set_exception(error)
+        elif message == "job":
+            what.deliver(Failed(error))

@@ -12,7 +12,8 @@ from mlx_lm.sample_utils import make_logits_processors
 from tqstack.openai_api.errors import ApiError, bad_request
 from tqstack.openai_api.schema import ChatRequest, TextRequest
 from tqstack.sidecar.answers import Usage
-from tqstack.sidecar.engine import Engine, Event, Failed, Job, Progress, Removed, Token
+from tqstack.sidecar.engine import Engine
+from tqstack.sidecar.jobs import Event, Failed, Job, Progress, Removed, Token
 from tqstack.sidecar.prompt import Prompt, chat_prompt, text_prompt
 from tqstack.sidecar.runtime import Runtime
 from tqstack.sidecar.sampling import make_sampler

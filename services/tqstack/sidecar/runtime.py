@@ -61,10 +61,7 @@ class Runtime:
 
     @property
     def codec(self) -> str:
-        if self.specs is None:
-            return "none"
-        keys, values = self.specs
-        return keys if keys == values else f"{keys}/{values}"
+        return codec_name(self.specs)
 
     def describe(self) -> dict[str, Any]:
         """What `/health` tells about the model."""
@@ -78,6 +75,14 @@ class Runtime:
             "recurrent_layers": loaded.layers - len(loaded.softmax_layers),
             "compressed_layers": list(self.compressed_layers),
         }
+
+
+def codec_name(specs: tuple[str, str] | None) -> str:
+    """How people name a pair of codecs."""
+    if specs is None:
+        return "none"
+    keys, values = specs
+    return keys if keys == values else f"{keys}/{values}"
 
 
 def cache_specs(settings: Settings) -> tuple[str, str] | None:
