@@ -133,3 +133,23 @@ def test_a_job_that_fits_only_alone_waits_for_the_others_and_is_not_refused(runt
         assert engine.status()["requests"] == {"running": 0, "waiting": 0, "context_tokens": []}
     finally:
         engine.close()
+
+
+def test_prompts_are_processed_together_only_as_far_as_their_workspaces_fit(runtime):
+    """Room for the weights, a batch of caches, and one workspace: one prompt at a time."""
+    caches = 3 * runtime.plan.request_bytes(2000)
+    tight = replace(
+        runtime.plan, budget=runtime.plan.weights + int(1.5 * runtime.plan.workspace) + caches
+    )
+    engine = Engine(lambda: replace(runtime, plan=tight))
+    engine.start()
+    try:
+        events = [submit(engine, range(10, 1510))[1] for _ in range(3)]
+        most = 0
+        while engine.status()["requests"]["waiting"]:
+            jobs = list(engine._jobs.values())
+            most = max(most, sum(not job.generated for job in jobs))
+        answers = [answer(one) for one in events]
+        assert most == 1 and len(answers[0]) == 8 and answers[0] == answers[1] == answers[2]
+    finally:
+        engine.close()

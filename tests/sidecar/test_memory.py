@@ -23,3 +23,12 @@ def test_qwen35_35b_needs_5320_bytes_a_token_at_4_bits():
     plan = MemoryPlan(32 * 10**9, 20 * 10**9, per_token, 20_480, 66 * 10**6, 10**9)
     assert plan.per_token_fp16 / plan.per_token > 3.9
     assert plan.fits(262_144)
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=9), st.integers(1, 9), sizes)
+def test_every_prompt_that_is_being_processed_has_a_workspace_of_its_own(lengths, prefills, spare):
+    needed = 10**9 + len(lengths) * (max(lengths) * 5200 + 10**8) + prefills * 2 * 10**9
+    plan = MemoryPlan(needed, 10**9, 5200, 20_480, 10**8, 2 * 10**9)
+    assert plan.fits_together(lengths, 0, prefills)
+    assert not plan.fits_together(lengths, 1, prefills)
+    assert plan.fits_together(lengths, spare, prefills - 1) == (spare <= 2 * 10**9)

@@ -220,8 +220,9 @@ class Engine:
         assert self.runtime is not None
         while self._waiting:
             lengths = [job.longest for job in (*self._jobs.values(), self._waiting[0])]
-            if not self.runtime.plan.fits_together(lengths, self._prefixes.nbytes):
-                if not self.runtime.plan.fits_together(lengths):
+            prefills = 1 + sum(not job.generated for job in self._jobs.values())
+            if not self.runtime.plan.fits_together(lengths, self._prefixes.nbytes, prefills):
+                if not self.runtime.plan.fits_together(lengths, 0, prefills):
                     return
                 self._prefixes.trim_to(n_bytes=0)
             self._insert(self._waiting.popleft())

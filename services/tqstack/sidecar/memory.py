@@ -65,11 +65,11 @@ class MemoryPlan:
     def fits(self, tokens: int, held: int = 0) -> bool:
         return self.total(tokens, held) <= self.budget
 
-    def fits_together(self, lengths: Sequence[int], held: int = 0) -> bool:
+    def fits_together(self, lengths: Sequence[int], held: int = 0, prefills: int = 1) -> bool:
         """Whether sequences of these lengths fit as one batch, where each takes the longest's
-        room, beside `held` bytes."""
-        batch = len(lengths) * self.request_bytes(max(lengths))
-        return self.weights + self.workspace + held + batch <= self.budget
+        room, beside `held` bytes. `prefills` of them have prompts processed, in one step."""
+        batch = len(lengths) * self.request_bytes(max(lengths)) + prefills * self.workspace
+        return self.weights + held + batch <= self.budget
 
     def max_tokens(self, held: int = 0) -> int:
         """The longest sequence that fits beside `held` bytes."""
