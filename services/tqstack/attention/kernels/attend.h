@@ -172,6 +172,8 @@ FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t)
   prepare_queries<A, DK, ROTATE>(queries, signs, rows, memory, tid);
   SHARED(float) sizes = (SHARED(float))memory + A::SIZES;
   SHARED(const word) right = memory + A::QUERIES + lane * 4;
+  word factors[A::PRODUCTS][4];
+  UNROLL for (int i = 0; i < A::PRODUCTS; i++) read_shared_4(right + i * 128, factors[i]);
 
   // This lane's two columns: query rows 2 * pair and 2 * pair + 1, and the keys that they see.
   int lower[2], upper[2];
@@ -221,10 +223,10 @@ FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t)
       float dot[4][4];  // four sums side by side: a product waits for the one that it adds to
       UNROLL for (int i = 0; i < 16; i++) dot[i / 4][i % 4] = 0;
       UNROLL for (int step = 0; step < A::STEPS; step++) {
-        word a[4], b[4];
+        word a[4];
+        const LOCAL word(&b)[4] = factors[g * A::STEPS + step];
         UNROLL for (int i = 0; i < 4; i++)
           a[i] = decode_pair<KeyTable>(key_codes[i % 2][g], 2 * step + i / 2, memory, key_copy);
-        read_shared_4(right + (g * A::STEPS + step) * 128, b);
         multiply_add(dot[step % 2], a[0], a[1], a[2], a[3], b[0], b[1]);
         multiply_add(dot[2 + step % 2], a[0], a[1], a[2], a[3], b[2], b[3]);
       }

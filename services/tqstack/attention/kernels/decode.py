@@ -17,8 +17,8 @@ ScalarCodec = LloydCodec | TrellisCodec  # a plane of codes, a plane of scales
 MAX_QUERY_TOKENS = 8
 # As in attend.h and merge.h: query rows and threads of a block, and of one that merges.
 COLUMNS, THREADS, MERGERS = 8, 128, 512
-# Three blocks for each of 132 multiprocessors; each has at least a step for every warp.
-BLOCKS, KEYS_PER_BLOCK, KEYS_PER_STEP = 396, 64, 16
+# Two blocks for each of 132 multiprocessors; each has at least a step for every warp.
+BLOCKS, KEYS_PER_BLOCK, KEYS_PER_STEP = 264, 64, 16
 
 _HEADERS = ("hadamard.h", "lookup.h", "attend.h", "merge.h")
 ATTEND = Program(
