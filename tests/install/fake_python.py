@@ -11,5 +11,8 @@ if arguments[:2] == ["-m", "venv"]:
     python.parent.mkdir(parents=True, exist_ok=True)
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} "$@"\n')
     python.chmod(0o755)
+    script = python.with_name("tqstack")
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m tqstack "$@"\n')
+    script.chmod(0o755)
 elif arguments[:2] != ["-m", "pip"]:
     os.execv(sys.executable, [sys.executable, *arguments])
