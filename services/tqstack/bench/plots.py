@@ -43,7 +43,11 @@ def quality(rows: list[dict[str, Any]], path: Path) -> None:
             for row in rows
             if _family(row["codec"]) == family
         )
-        axis.plot([x for x, _, _ in line], [y for _, y, _ in line], "o-", label=family)
+        # Mixed pairs stand beside their family's line, not on it.
+        pure = [(x, y) for x, y, name in line if "/" not in name]
+        mixed = [(x, y) for x, y, name in line if "/" in name]
+        (drawn,) = axis.plot([x for x, _ in pure], [y for _, y in pure], "o-", label=family)
+        axis.plot([x for x, _ in mixed], [y for _, y in mixed], "x", color=drawn.get_color())
         for x, y, name in line:
             axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axis.set(xlabel="bits per value, really stored", ylabel="KL divergence, nats per token")
