@@ -10,6 +10,7 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
@@ -142,6 +143,7 @@ def test_a_model_without_a_formula_is_refused_not_guessed():
             read_geometry({"model_type": "odd", **sizes, **config})
 
 
+@examples(deadline=None, max_examples=40)  # each reads the model's files
 @given(st.integers(1, 40_000), st.integers(0, 200_000_000))
 def test_advice_is_empty_exactly_if_it_fits_and_the_context_that_it_names_fits(tokens, room):
     one = plan_model(settings())
