@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tqstack.openai_api.errors import bad_request, from_validation
 
+# Model names that mean "you choose".
+ANY_MODEL = ("", "auto", "default", "tqstack")
 Count = Annotated[int, Field(ge=1, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 

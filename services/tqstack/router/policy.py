@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tqstack.openai_api.errors import ApiError, bad_request
+from tqstack.openai_api.schema import ANY_MODEL
 
 Name = Literal["sidecar", "ollama"]
 State = Literal["up", "sick", "loading", "down", "off"]
@@ -18,8 +19,6 @@ PREFIXES: dict[str, Name] = {
     "ollama:": "ollama",
     "local:": "ollama",
 }
-# Names that mean "you choose".
-ALIASES = ("", "auto", "default", "tqstack")
 # Prompts of at least so many tokens go to the sidecar, by the architecture of its model: a hybrid's
 # cache is small in any case, so that compressing it pays later.
 THRESHOLDS = {"softmax": 6_000, "hybrid": 16_000}
@@ -175,7 +174,7 @@ def _why_alone(other: View, able: list[View], capable: list[View]) -> str:
 
 
 def _check_known(written: str, model: str, enabled: list[View]) -> None:
-    if model.lower() in ALIASES or any(view.knows(model) or not view.models for view in enabled):
+    if model.lower() in ANY_MODEL or any(view.knows(model) or not view.models for view in enabled):
         return
     names = ", ".join([name for view in enabled for name in view.models][:20])
     raise bad_request(

@@ -14,7 +14,7 @@ from tqstack.openai_api import sse
 from tqstack.openai_api.errors import ApiError, bad_request
 from tqstack.openai_api.guard import Guard, Guarded
 from tqstack.openai_api.handlers import add_error_handlers
-from tqstack.openai_api.schema import ChatRequest, TextRequest, parse_json, validate
+from tqstack.openai_api.schema import ANY_MODEL, ChatRequest, TextRequest, parse_json, validate
 from tqstack.settings import Settings
 from tqstack.sidecar.answers import Answer
 from tqstack.sidecar.engine import Engine
@@ -27,8 +27,6 @@ from tqstack.sidecar.runtime import Runtime
 from tqstack.sidecar.streaming import EventStream, WhileConnected, read_body
 
 BODY_LIMIT = 64 << 20
-# Names that mean "the model that is here".
-ANY_MODEL = ("", "auto", "default", "tqstack")
 
 
 class Sidecar:
