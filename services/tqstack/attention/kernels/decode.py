@@ -173,13 +173,17 @@ def _starts(starts: tuple[int, ...]) -> mx.array:
 
 @lru_cache(maxsize=64)
 def _division(length: int, starts: tuple[int, ...], reach: int, repeats: int) -> tuple[int, int]:
-    """(keys per block, blocks per sequence): about BLOCKS blocks with work, all with the same.
+    """(keys per block, blocks per sequence), for at most BLOCKS blocks with work where that is
+    possible: they run side by side, and one more would wait for the first of them to end.
 
     reach: how many of the last keys are read, 0 for all. repeats: blocks that read the same keys.
     """
     lengths = [min(length - start, reach or length) for start in starts]
-    share = -(-sum(lengths) * repeats // BLOCKS)
-    share = max(KEYS_PER_BLOCK, -(-share // KEYS_PER_STEP) * KEYS_PER_STEP)
+    share = max(KEYS_PER_BLOCK, -(-sum(lengths) * repeats // BLOCKS))
+    share = -(-share // KEYS_PER_STEP) * KEYS_PER_STEP
+    if len(lengths) * repeats <= BLOCKS:
+        while sum(-(-n // share) for n in lengths) * repeats > BLOCKS:
+            share += KEYS_PER_STEP
     return share, max(1, -(-max(lengths) // share))
 
 

@@ -12,8 +12,7 @@ struct Table {
   CONST int STRIDE = PAIRS ? 2 * BITS : BITS;  // bits from a field to the next
   CONST int ENTRIES = 1 << FIELD;
   CONST int LARGE = ALONE ? 8192 : 4096;  // words; 48 KB hold all of a block
-  CONST int LIMIT = PAIRS || WINDOW ? LARGE : 2048;
-  CONST int COPIES = ENTRIES * TABLE_COPIES > LIMIT ? LIMIT / ENTRIES : TABLE_COPIES;
+  CONST int COPIES = ENTRIES * TABLE_COPIES > LARGE ? LARGE / ENTRIES : TABLE_COPIES;
   CONST int SHIFT = COPIES == 32 ? 7 : COPIES == 16 ? 6 : COPIES == 8 ? 5 : COPIES == 4 ? 4 : 2;
   CONST int WORDS = ENTRIES * COPIES;
 };
