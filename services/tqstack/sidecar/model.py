@@ -14,8 +14,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load
 
 from tqstack import demo_model
-from tqstack.attention import gated_delta
 from tqstack.attention.hybrid import softmax_entries
+from tqstack.attention.prepare import prepare
 from tqstack.sidecar.geometry import context_length
 
 
@@ -75,7 +75,7 @@ def load_model(name: str) -> LoadedModel:
         model = dequantize_model(model)
         model.update(tree_map(_as_float32, model.parameters()))
         mx.eval(model.parameters())
-    gated_delta.install(model)
+    prepare(model)
     cache = make_prompt_cache(model)
     return LoadedModel(
         model_id, path, model, tokenizer, config, len(cache), tuple(softmax_entries(cache))

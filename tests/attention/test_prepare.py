@@ -1,0 +1,101 @@
+"""Layers made fast by `prepare` give the numbers of the layers that they replace."""
+
+from __future__ import annotations
+
+import gc
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.switch_layers import SwitchGLU
+
+from tqstack.attention import convolution, experts, single_token
+from tqstack.bench import shapes
+
+# Small sizes of the 35B geometry: experts, three recurrent layers and a softmax layer.
+SMALL = {
+    "hidden_size": 128,
+    "num_experts": 16,
+    "vocab_size": 256,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+
+
+def build() -> nn.Module:
+    mx.random.seed(0)
+    return shapes.build("qwen3.5-35b-a3b", layers=4, **SMALL)
+
+
+def logits(model: nn.Module, batch: int = 2, tokens: int = 4) -> list[mx.array]:
+    """Of a short prompt, and of some tokens after it one by one."""
+    cache = make_prompt_cache(model)
+    prompt = mx.arange(5 * batch).reshape(batch, 5)
+    out = [model(prompt, cache=cache)]
+    out += [model(mx.full((batch, 1), i), cache=cache) for i in range(tokens)]
+    mx.eval(out)
+    return out
+
+
+def difference(a: list[mx.array], b: list[mx.array]) -> float:
+    return max(float(mx.abs(x - y).max()) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 2, 37])
+def test_a_shifted_sum_is_the_depthwise_convolution(tokens, dtype, bias):
+    plain = nn.Conv1d(24, 24, 4, groups=24, bias=bias)
+    model = nn.Sequential(plain)
+    model.set_dtype(dtype)
+    x = mx.random.normal((3, tokens + 3, 24)).astype(dtype)
+    want = plain(x)
+    assert convolution.install(model) == 1
+    got = model.layers[0](x)
+    assert got.dtype == want.dtype and got.shape == want.shape
+    assert mx.allclose(got, want, rtol=1e-5 if dtype == mx.float32 else 1e-2, atol=1e-6)
+
+
+def test_convolutions_of_other_kinds_are_left_alone():
+    others = [
+        nn.Conv1d(8, 8, 4),
+        nn.Conv1d(8, 8, 4, groups=8, padding=3),
+        nn.Conv1d(8, 8, 4, groups=8, stride=2),
+    ]
+    assert convolution.install(nn.Sequential(*others)) == 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 3), (2, 40)])  # the last one is sorted
+def test_indexed_experts_equal_mlx_lms(shape, bias):
+    layer = SwitchGLU(64, 128, 8, bias=bias)
+    nn.quantize(layer, group_size=64, bits=4)
+    x = mx.random.normal((*shape, 64))
+    chosen = mx.random.randint(0, 8, (*shape, 2)).astype(mx.uint32)
+    want = layer(x, chosen)
+    assert experts.install(layer) == 3
+    assert mx.array_equal(layer(x, chosen), want)
+
+
+def test_compiled_single_tokens_equal_the_layers_own_step():
+    model = build()
+    want, names = logits(model), [name for name, _ in tree_flatten(model.parameters())]
+    assert single_token.install(model) == 7  # four blocks of experts, three recurrences
+    assert difference(logits(model), want) == 0
+    assert [name for name, _ in tree_flatten(model.parameters())] == names
+    alone = logits(model, batch=1)  # traced again for another batch size
+    assert difference(alone, logits(model, batch=1)) == 0
+
+
+def test_a_dropped_model_gives_its_memory_back():
+    before = mx.get_active_memory()
+    model = build()
+    single_token.install(model)
+    logits(model)
+    del model
+    gc.collect()
+    assert mx.get_active_memory() - before < 100_000
