@@ -105,7 +105,8 @@ class Scripted:
     health: dict[str, Any] = field(default_factory=lambda: {"status": "ok"})
     health_status: int = 200
     contexts: dict[str, int] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)  # other paths that it answers
+    # Other paths that it answers: with this, or with what this makes of the request's body.
+    extra: dict[str, Any] = field(default_factory=dict)
     silent: bool = False  # to its probes
     seen: list[Seen] = field(default_factory=list)
     probes: int = 0
@@ -147,12 +148,14 @@ class Scripted:
         self, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         wire = Wire(seen, writer)
-        if seen.method == "GET":
+        if seen.method == "GET" or seen.path.startswith("/api/"):
             self.probes += 1
             if self.silent:
                 await asyncio.sleep(30)
             if seen.path in self.extra:
-                await wire.answer(200, json.dumps(self.extra[seen.path]).encode())
+                value = self.extra[seen.path]
+                value = value(json.loads(seen.body or b"null")) if callable(value) else value
+                await wire.answer(200, json.dumps(value).encode())
             elif seen.path.startswith("/api/"):
                 await wire.answer(404, b"404 page not found", "text/plain")
             elif seen.path == "/health":

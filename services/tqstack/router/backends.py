@@ -12,7 +12,8 @@ from typing import Any
 import orjson
 
 from tqstack.router.breaker import Breaker
-from tqstack.router.failure import Failure
+from tqstack.router.failure import Failure, too_long
+from tqstack.router.ollama import LEAST, Contexts
 from tqstack.router.policy import Name, State, View
 from tqstack.router.upstream import Upstream, UpstreamError
 
@@ -25,7 +26,6 @@ RETRY_SECONDS = (0.25, 0.5, 1.0, 2.0)
 _CHAT_ONLY = ("/v1/responses", "/v1/messages")  # the sidecar: translation is the router's work
 # What the sidecar cannot do, unless its `/health` lists it under `capabilities`.
 _SIDECAR_LACKS = frozenset({"embeddings", "images", "logprobs", "json_object", "json_schema"})
-_LOADED = "/api/ps"
 _LARGEST_PROBE = 8 << 20
 
 
@@ -76,6 +76,7 @@ class Backend:
         # Paths that it answers with 404; asked again after it was away.
         self._unspoken: set[str] = set(_CHAT_ONLY) if name == "sidecar" else set()
         self._views: dict[tuple[State, bool], View] = {}
+        self._contexts = Contexts(self._fetch) if name == "ollama" else None
 
     def speaks(self, path: str) -> bool:
         """Whether it takes this path itself, as far as is known."""
@@ -119,6 +120,21 @@ class Backend:
         load = self.health.report.get("requests")
         elsewhere = load.get("running", 0) if isinstance(load, dict) else 0
         return bool(self.running or elsewhere)
+
+    async def check_context(self, model: str, tokens: float, seconds: float) -> None:
+        """Makes sure that it holds so many tokens, where only loading the model can tell.
+
+        Raises:
+            Failure: it does not.
+        """
+        if tokens < LEAST or not (self._contexts and self._contexts.unknown(model)):
+            return
+        with contextlib.suppress(UpstreamError):  # the request itself will tell
+            await self._contexts.load(model, seconds)
+        await self.check()
+        context = self.view().context(model)
+        if context is not None and tokens >= context:
+            raise too_long(self.name, model, context)
 
     def report(self) -> dict[str, Any]:
         """What `/health` and the status page tell of this backend."""
@@ -223,41 +239,26 @@ class Backend:
             raise ValueError(f"/v1/models answers {status}")
         entries = listing.get("data") or []
         models = [e for e in entries if isinstance(e, dict) and isinstance(e.get("id"), str)]
-        if self.name == "ollama":
-            loaded = await self._loaded_contexts()
-            models = [{**e, "context_length": loaded.get(e["id"], _context(e))} for e in models]
+        if self._contexts:
+            models = await self._contexts.fill_in(models)
         return Health("up", tuple(models), report, "answers its probes")
 
-    async def _loaded_contexts(self) -> dict[str, int]:
-        """Tokens that Ollama's loaded models can hold. Past that it drops the oldest messages of a
-        chat, and says nothing. Other servers do not know the path."""
-        if not self.speaks(_LOADED):
-            return {}
-        try:
-            status, listing = await self._get(_LOADED)
-        except ValueError:
-            status, listing = 404, {}
-        if status != 200:
-            self.does_not_speak(_LOADED)
-        return {
-            entry["name"]: entry["context_length"]
-            for entry in listing.get("models") or ()
-            if isinstance(entry.get("name"), str) and isinstance(entry.get("context_length"), int)
-        }
-
     async def _get(self, path: str) -> tuple[int, dict[str, Any]]:
-        answer = await self._upstream.send(
-            "GET", self.url + path, b"", self.headers, 2 * PROBE_SECONDS
-        )
+        return await self._fetch(path, b"", 2 * PROBE_SECONDS)
+
+    async def _fetch(self, path: str, body: bytes, seconds: float) -> tuple[int, dict[str, Any]]:
+        """Status and JSON of a GET, or of a POST if there is a body."""
+        method = "POST" if body else "GET"
+        answer = await self._upstream.send(method, self.url + path, body, self.headers, seconds)
         try:
-            body = bytearray()
-            while chunk := await answer.read(2 * PROBE_SECONDS):
-                body += chunk
-                if len(body) > _LARGEST_PROBE:
+            data = bytearray()
+            while chunk := await answer.read(seconds):
+                data += chunk
+                if len(data) > _LARGEST_PROBE:
                     raise ValueError(f"{path} answers more than {_LARGEST_PROBE} bytes")
         finally:
             answer.close()
-        value = orjson.loads(body)
+        value = orjson.loads(data)
         if not isinstance(value, dict):
             raise ValueError(f"{path} answers no JSON object")
         return answer.status, value
@@ -268,8 +269,9 @@ class Backend:
             if health.state == "up" and self.health.state in ("down", "loading"):
                 # A fresh process owes nothing for its predecessor, and may be a newer version.
                 self.breaker.succeeded()
-                if self.name == "ollama":
+                if self._contexts:
                     self._unspoken.clear()
+                    self._contexts.restart()
         self.health = health
         self._views.clear()
 

@@ -81,7 +81,7 @@ def measure(request: dict[str, Any]) -> Size:
     messages, images = _collect(request, texts)
     data = "\n".join(texts).encode(errors="replace")
     tools = orjson.dumps(request["tools"]) if request.get("tools") else b""
-    return Size(*_counts(data + tools), len(tools), messages + 1, images)
+    return Size._make((*_counts(data + tools), len(tools), messages + 1, images))
 
 
 def texts_of(request: dict[str, Any]) -> tuple[list[str], int]:

@@ -17,7 +17,7 @@ class Failure(Exception):
 
     Attributes:
         kind: a word for the header, the metrics and the log: `refused`, `cut`, `timeout`,
-            `stalled`, `garbled`, `unfinished`, `error-event`, or `status-NNN`.
+            `stalled`, `garbled`, `unfinished`, `error-event`, `context`, or `status-NNN`.
         error: what to tell the client.
         elsewhere: another backend may do better.
         sick: it counts against the backend's health.
@@ -36,6 +36,16 @@ def broken(kind: str, message: str, status: int = 502) -> Failure:
     retry_after = 2 if kind == "refused" else None
     error = ApiError(status, message, code=f"backend_{kind}", retry_after=retry_after)
     return Failure(kind, error)
+
+
+def too_long(backend: str, model: str, context: int) -> Failure:
+    """A prompt that the backend would not hold."""
+    message = (
+        f"{backend} holds {context} tokens of {model} here, and this prompt is longer; raise "
+        "OLLAMA_CONTEXT_LENGTH, or send a shorter prompt"
+    )
+    error = ApiError(400, message, param="messages", code="context_length_exceeded")
+    return Failure("context", error, sick=False)
 
 
 def refusal(backend: str, status: int, retry_after: str | None, body: bytes) -> Failure:

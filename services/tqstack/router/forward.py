@@ -140,6 +140,8 @@ class Exchange:
         self._chat = chat  # the same, in terms of chat
         self._size: Size = measure(chat)
         self._relay: Relay | None = None
+        # Each text to embed is a prompt of its own: their sum says nothing.
+        self._slack = 1.0 if "embeddings" in endpoint.needs else _SLACK
         record.model, record.stream = request.get("model") or "", bool(request.get("stream"))
 
     async def run(self) -> None:
@@ -190,7 +192,7 @@ class Exchange:
             tokens[backend.name] = services.estimator.tokens(model, self._size)
         needs = needs_of(self._chat, self._size.images) | self._endpoint.needs
         background = is_background(self._chat)
-        return Ask(self._record.model, tokens, _SLACK, needs, background)
+        return Ask(self._record.model, tokens, self._slack, needs, background)
 
     def _progress(self) -> str:
         comment = self._relay.watch.comment if self._relay else ""
@@ -213,6 +215,11 @@ class Exchange:
         self._relay = relay
         backend.begin()
         try:
+            await backend.check_context(
+                step.model,
+                step.tokens * (1 - self._slack),
+                services.settings.router_first_token_seconds,
+            )
             await relay.run(backend.url + path, body)
         except Failure as failure:
             if dialect and native and failure.kind in ("status-404", "status-405", "status-501"):
