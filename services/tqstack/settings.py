@@ -69,6 +69,9 @@ class Settings(BaseSettings):
         180, description="limit for a stream's first token, beside 1 s for every 20 prompt tokens"
     )
     router_stall_seconds: Seconds = Field(60, description="limit for a gap between tokens")
+    router_hung_seconds: Seconds = Field(
+        10, description="a backend that answers neither a request nor probes for so long is left"
+    )
     router_answer_seconds: Seconds = Field(
         3600, description="limit for an answer that is not streamed"
     )

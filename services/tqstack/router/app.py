@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -107,17 +108,16 @@ def create_app(settings: Settings) -> RouterApp:
 
 
 def _services(settings: Settings, upstream: Upstream) -> Services:
+    add = partial(
+        Backend,
+        upstream=upstream,
+        hung_seconds=settings.router_hung_seconds,
+        still_seconds=settings.router_first_token_seconds,
+    )
+    on, key = settings.runs_sidecar, settings.tqstack_api_key
     backends: dict[Name, Backend] = {
-        "sidecar": Backend(
-            "sidecar",
-            settings.sidecar_url,
-            upstream,
-            enabled=settings.runs_sidecar,
-            key=settings.tqstack_api_key,
-        ),
-        "ollama": Backend(
-            "ollama", settings.ollama_base_url, upstream, model=settings.ollama_model
-        ),
+        "sidecar": add("sidecar", settings.sidecar_url, enabled=on, key=key),
+        "ollama": add("ollama", settings.ollama_base_url, model=settings.ollama_model),
     }
     counter = ExactCounter(settings.model_name)
     metrics = Metrics(backends)

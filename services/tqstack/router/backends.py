@@ -47,7 +47,14 @@ class Health:
 
 
 class Backend:
-    """One backend: its address, health, breaker and load."""
+    """One backend: its address, health, breaker and load.
+
+    Args:
+        model: the one for requests that name none of its own.
+        key: what it wants to see of us.
+        hung_seconds: without a good probe or a byte for so long, it is taken for hung.
+        still_seconds: at work, but without progress for so long, likewise.
+    """
 
     def __init__(
         self,
@@ -58,6 +65,8 @@ class Backend:
         model: str = "",
         enabled: bool = True,
         key: str = "",
+        hung_seconds: float = 10,
+        still_seconds: float = 180,
     ):
         self.name: Name = name
         self.url = url
@@ -73,6 +82,10 @@ class Backend:
         self._freshening: asyncio.Task[None] | None = None
         self._doubt = asyncio.Event()
         self._last_byte = float("-inf")
+        self._hung_seconds, self._still_seconds = hung_seconds, still_seconds
+        self._failing_since: float | None = None  # its probes
+        self._last_step: Any = None  # the sidecar's, by its own clock
+        self._moved_at = float("-inf")  # when that was seen to change
         # Paths that it answers with 404; asked again after it was away.
         self._unspoken: set[str] = set(_CHAT_ONLY) if name == "sidecar" else set()
         self._views: dict[tuple[State, bool], View] = {}
@@ -177,6 +190,21 @@ class Backend:
             self._set(replace(self.health, state="down", detail="refuses connections"))
         self._doubt.set()
 
+    def hopeless(self, since: float) -> str | None:
+        """Why a request waits in vain that was sent at `since`, if it does.
+
+        Waiting alone is no reason: an answer in one piece takes as long as it takes. Asked again
+        and again while a request waits; meanwhile the backend is probed.
+        """
+        self.freshen(PROBE_SECONDS)
+        now, alive = time.monotonic(), max(since, self._last_byte)
+        failing = self._failing_since
+        if failing is not None and now - max(failing, alive) > self._hung_seconds:
+            return f"it has not answered for {self._hung_seconds:g} s, nor its probes"
+        if self._last_step and now - max(self._moved_at, alive) > self._still_seconds:
+            return f"it is at work, and has made no progress for {self._still_seconds:g} s"
+        return None
+
     # Probes.
 
     async def watch(self) -> None:
@@ -209,22 +237,26 @@ class Backend:
             self._freshening = asyncio.create_task(self.check())
 
     async def _check(self) -> None:
-        self._probed_at = time.monotonic()
+        began = self._probed_at = time.monotonic()
+        answered = False
         try:
             async with asyncio.timeout(PROBE_SECONDS):
                 health = await self._ask()
+            answered = health.state != "down"
         except TimeoutError:
             health = replace(self.health, state="down", detail="does not answer its probes")
             if time.monotonic() - self._last_byte < KEEP_SECONDS:
                 health = self.health  # too busy for a probe, but its answers come
         except (UpstreamError, ValueError, TypeError) as error:
             health = replace(self.health, state="down", detail=str(error))
+        self._failing_since = None if answered else self._failing_since or began
         self._set(replace(health, asked=True))
 
     async def _ask(self) -> Health:
         report: dict[str, Any] = {}
         if self.name == "sidecar":
             status, report = await self._get("/health")
+            self._see_progress(report)
             if status != 200:
                 loading = report.get("status") == "loading"
                 detail = str(report.get("detail") or report.get("status") or f"status {status}")
@@ -242,6 +274,15 @@ class Backend:
         if self._contexts:
             models = await self._contexts.fill_in(models)
         return Health("up", tuple(models), report, "answers its probes")
+
+    def _see_progress(self, report: dict[str, Any]) -> None:
+        """Of the sidecar's engine: its last step, while it has requests."""
+        load = report.get("requests")
+        step = (
+            report.get("last_step_at") if isinstance(load, dict) and load.get("running") else None
+        )
+        if step != self._last_step:
+            self._last_step, self._moved_at = step, time.monotonic()
 
     async def _get(self, path: str) -> tuple[int, dict[str, Any]]:
         return await self._fetch(path, b"", 2 * PROBE_SECONDS)

@@ -17,7 +17,7 @@ class Failure(Exception):
 
     Attributes:
         kind: a word for the header, the metrics and the log: `refused`, `cut`, `timeout`,
-            `stalled`, `garbled`, `unfinished`, `error-event`, `context`, or `status-NNN`.
+            `stalled`, `hung`, `garbled`, `unfinished`, `error-event`, `context`, or `status-NNN`.
         error: what to tell the client.
         elsewhere: another backend may do better.
         sick: it counts against the backend's health.
@@ -33,7 +33,7 @@ class Failure(Exception):
 
 def broken(kind: str, message: str, status: int = 502) -> Failure:
     """A failure of the connection or of the answer's form."""
-    retry_after = 2 if kind == "refused" else None
+    retry_after = 2 if kind in ("refused", "hung") else None
     error = ApiError(status, message, code=f"backend_{kind}", retry_after=retry_after)
     return Failure(kind, error)
 

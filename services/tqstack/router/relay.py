@@ -7,6 +7,8 @@ that another backend may be tried.
 from __future__ import annotations
 
 import contextlib
+import time
+from functools import partial
 from typing import Any
 
 import orjson
@@ -28,7 +30,7 @@ _PREFILL_TOKENS_PER_SECOND = 20  # a slow machine's, for the limit on the first 
 _DRAIN_SECONDS = 1.0
 _REFUSAL_SECONDS = 5.0
 # What the client is told of an upstream error; 502 of the others.
-_STATUSES = {"refused": 503, "timeout": 504}
+_STATUSES = {"refused": 503, "hung": 503, "timeout": 504}
 _HEADERS = {"content-type": "application/json", "accept-encoding": "identity"}
 _KEPT_HEADERS = ("retry-after", "openai-processing-ms")
 
@@ -75,7 +77,8 @@ class Relay:
             limit = self._settings.router_first_token_seconds + prefill
         try:
             headers = _HEADERS | self._backend.headers
-            answer = await self._upstream.send("POST", url, body, headers, limit)
+            hopeless = partial(self._backend.hopeless, time.monotonic())
+            answer = await self._upstream.send("POST", url, body, headers, limit, hopeless)
             if answer.status != 200:
                 raise await self._refusal(answer)
             if record.stream:
@@ -112,6 +115,7 @@ class Relay:
             if not chunk:
                 message = f"{self._name} ended its stream before the first token"
                 raise failures.broken("unfinished", message)
+            self._backend.answered()  # a comment shows life, too
             ready += self.watch.feed(chunk)
         self._check_error()
         if self.watch.done and not self.watch.whole:
@@ -158,6 +162,7 @@ class Relay:
         client, body, ended = self._client, bytearray(), False
         while len(body) <= _LARGEST_HELD and not ended:
             chunk = await answer.read(limit)
+            self._backend.answered()
             body += chunk
             ended = not chunk
         whole = self._checked(bytes(body)) if ended else bytes(body)

@@ -11,7 +11,7 @@ import asyncio
 import ssl
 import zlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import NamedTuple, cast
 from urllib.parse import urlsplit
@@ -23,14 +23,17 @@ IDLE_SECONDS = 15.0  # shorter than any server's: a connection is best closed by
 _HIGH_WATER = 1 << 18
 _LARGEST_HEAD = 1 << 16
 _LARGEST_INFLATION = 1 << 20  # per read
+_LOOK_SECONDS = 1.0  # how often a wait is asked whether it is hopeless
+# Why waiting for an answer makes no sense any more, if it does not.
+Hopeless = Callable[[], str | None]
 
 
 class UpstreamError(Exception):
     """The backend did not take the request, or its answer broke off.
 
     Attributes:
-        kind: `refused` (no connection), `cut` (it ended too early), `timeout` (nothing came) or
-            `garbled` (it is no HTTP).
+        kind: `refused` (no connection), `cut` (it ended too early), `timeout` (nothing came),
+            `hung` (nothing will come) or `garbled` (it is no HTTP).
     """
 
     def __init__(self, kind: str, message: str):
@@ -64,6 +67,8 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport
         self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle
+        self._hopeless: Hopeless | None = None
         self._error: UpstreamError | None = None
         self._closed = False
         self._reset()
@@ -87,8 +92,9 @@ class _Connection(asyncio.Protocol):
         """Not one byte of an answer has come."""
         return not self.status
 
-    def request(self, data: bytes, body: bytes) -> None:
+    def request(self, data: bytes, body: bytes, hopeless: Hopeless | None) -> None:
         self._reset()
+        self._hopeless = hopeless
         # One packet for a small request; no copy of a large one.
         if len(body) < 1 << 16:
             self._transport.write(data + body)
@@ -117,15 +123,24 @@ class _Connection(asyncio.Protocol):
             raise self._error
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
-        timer = loop.call_later(limit, self._expire, limit)  # a quarter of asyncio.timeout's cost
+        self._watch(loop, loop.time() + limit, limit)  # a quarter of asyncio.timeout's cost
         try:
             await self._waiter
         finally:
-            timer.cancel()
+            self._timer.cancel()
             self._waiter = None
 
-    def _expire(self, limit: float) -> None:
-        self._fail("timeout", f"nothing came for {limit:g} s")
+    def _watch(self, loop: asyncio.AbstractEventLoop, deadline: float, limit: float) -> None:
+        then = min(deadline, loop.time() + _LOOK_SECONDS) if self._hopeless else deadline
+        self._timer = loop.call_at(then, self._look, loop, deadline, limit)
+
+    def _look(self, loop: asyncio.AbstractEventLoop, deadline: float, limit: float) -> None:
+        if reason := self._hopeless and self._hopeless():
+            self._fail("hung", reason)
+        elif loop.time() >= deadline - 0.002:  # a loop's clock counts milliseconds
+            self._fail("timeout", f"nothing came for {limit:g} s")
+        else:
+            return self._watch(loop, deadline, limit)
         self._wake()
 
     def _wake(self) -> None:
@@ -253,9 +268,17 @@ class Upstream:
         self._tls: ssl.SSLContext | None = None
 
     async def send(
-        self, method: str, url: str, body: bytes, headers: Mapping[str, str], limit: float
+        self,
+        method: str,
+        url: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        limit: float,
+        hopeless: Hopeless | None = None,
     ) -> Answer:
         """Sends a request, and waits up to `limit` seconds for the answer's headers.
+
+        `hopeless` is asked every second, here and whenever the answer is waited for.
 
         Raises:
             UpstreamError: nobody listens, or the connection ended before an answer.
@@ -267,7 +290,7 @@ class Upstream:
         while True:
             connection = self._take(pool) or await self._connect(origin)
             try:
-                connection.request(data, body)
+                connection.request(data, body, hopeless)
                 await connection.wait_head(limit)
                 return Answer(connection, pool)
             except UpstreamError as error:

@@ -62,6 +62,7 @@ class Engine:
         self.lifecycle = Lifecycle(unloaded, idle_seconds)
         self.error: str | None = None
         self.last_token_at: float | None = None
+        self.last_step_at: float | None = None  # a token, or a piece of a prompt
         self._load = load
         self._on_failure = on_failure
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -111,6 +112,7 @@ class Engine:
             "cache": {"bytes": held, "bytes_fp16": plain},
             "totals": dict(self._totals),
             "last_token_at": self.last_token_at,
+            "last_step_at": self.last_step_at,
             "lifecycle": self.lifecycle.as_dict(),
         }
 
@@ -278,6 +280,7 @@ class Engine:
         if not self._jobs:
             return
         prompts, responses = self._generator.next()
+        self.last_step_at = time.time()
         self._store_prefixes([r.uid for r in prompts if r.end_of_segment and not r.end_of_prompt])
         for response in prompts:
             if not response.end_of_prompt:
