@@ -21,10 +21,11 @@ PYTHON = os.environ.get("OPEN_WEBUI_PYTHON")
 @pytest.mark.skipif(
     not (os.environ.get("CHROMIUM") or shutil.which("chromium")), reason="there is no Chromium"
 )
-def test_models_a_short_answer_a_long_prompt_and_the_stop_button(tmp_path):
+def test_models_answers_a_long_prompt_and_a_stop_that_ends_the_work(tmp_path):
     with other_backend(tmp_path) as other, whole_stack(tmp_path, other) as stack:
+        services = ["--router", stack.router, "--sidecar", stack.sidecar]
         result = subprocess.run(
-            [str(PYTHON), str(CHECK), "--router", stack.router, "--out", str(tmp_path / "shots")],
+            [str(PYTHON), str(CHECK), *services, "--out", str(tmp_path / "shots")],
             capture_output=True,
             text=True,
             timeout=600,
@@ -33,10 +34,15 @@ def test_models_a_short_answer_a_long_prompt_and_the_stop_button(tmp_path):
         seen = json.loads(result.stdout)
         status = get(f"{stack.router}/status")
     assert status is not None
-    streamed = [one for one in reversed(status.json()["recent"]) if one["stream"]]
+    requests = [one for one in reversed(status.json()["recent"]) if one["stream"]]
     assert seen["models"][:2] == ["auto", "demo"]
-    assert seen["short"] and seen["long"] == "48213"
-    assert [one["backend"] for one in streamed][:2] == ["ollama", "sidecar"]
-    assert seen["stop_status"] == 200
+    assert seen["short"] == seen["long"] == "48213"
+    assert [(one["backend"], one["outcome"]) for one in requests] == [
+        ("ollama", "ok"),
+        ("sidecar", "ok"),
+        ("sidecar", "gone"),  # while the prompt was read
+        ("sidecar", "gone"),  # in the middle of the answer
+    ]
+    assert seen["seconds_to_stop_reading"] < 5 and seen["seconds_to_stop_answering"] < 5
     shots = {path.name for path in (tmp_path / "shots").iterdir()}
-    assert shots == {"models.png", "answer.png", "long.png", "stopped.png", "status.png"}
+    assert shots == {"models.png", "connections.png", "tools.png", "answer.png", "long.png"}
