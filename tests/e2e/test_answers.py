@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -207,3 +208,13 @@ def test_both_services_still_serve_after_all_that(stack, needle_of):
             .choices[0]
             .finish_reason
         )
+
+
+def test_tokens_are_counted_as_the_sidecar_then_reads_them(stack, needle_of):
+    needle = needle_of(700)
+    tools: list = [{"name": "look", "description": "a" * 40, "input_schema": {"type": "object"}}]
+    with anthropic.Anthropic(base_url=stack.router, api_key="none") as client:
+        request = {"model": "tq:demo", "messages": needle.messages, "tools": tools}
+        counted = client.messages.count_tokens(**request)
+        answer = client.messages.create(**request, max_tokens=2)
+    assert counted.input_tokens == answer.usage.input_tokens > 650

@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+# Paths that only some backends have, beside those of OpenAI: asked by the router for itself.
+OWN_PATHS = ("/api/", "/tokenize")
 SSE = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -148,7 +150,7 @@ class Scripted:
         self, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         wire = Wire(seen, writer)
-        if seen.method == "GET" or seen.path.startswith("/api/"):
+        if seen.method == "GET" or seen.path.startswith(OWN_PATHS):
             self.probes += 1
             if self.silent:
                 await asyncio.sleep(30)
@@ -156,7 +158,7 @@ class Scripted:
                 value = self.extra[seen.path]
                 value = value(json.loads(seen.body or b"null")) if callable(value) else value
                 await wire.answer(200, json.dumps(value).encode())
-            elif seen.path.startswith("/api/"):
+            elif seen.path.startswith(OWN_PATHS):
                 await wire.answer(404, b"404 page not found", "text/plain")
             elif seen.path == "/health":
                 await wire.answer(self.health_status, json.dumps(self.health).encode())

@@ -17,7 +17,7 @@ from tqstack.openai_api.schema import ChatRequest, EmbeddingRequest, TextRequest
 from tqstack.router import views
 from tqstack.router.backends import Backend
 from tqstack.router.client import Client
-from tqstack.router.dialects.messages import Messages
+from tqstack.router.dialects.messages import Messages, TokenCount
 from tqstack.router.dialects.responses import Responses
 from tqstack.router.estimate import Estimator
 from tqstack.router.exact import ExactCounter
@@ -35,6 +35,7 @@ FORWARDED = [
     Endpoint("/v1/embeddings", EmbeddingRequest, needs=frozenset({"embeddings"})),
     Endpoint("/v1/responses", ChatRequest, Responses()),
     Endpoint("/v1/messages", ChatRequest, Messages()),
+    Endpoint("/v1/messages/count_tokens", ChatRequest, TokenCount(), counts=True),
 ]
 # The paths that the router answers by itself.
 VIEWS = [

@@ -26,6 +26,8 @@ RETRY_SECONDS = (0.25, 0.5, 1.0, 2.0)
 _CHAT_ONLY = ("/v1/responses", "/v1/messages")  # the sidecar: translation is the router's work
 # What the sidecar cannot do, unless its `/health` lists it under `capabilities`.
 _SIDECAR_LACKS = frozenset({"embeddings", "images", "logprobs", "json_object", "json_schema"})
+_TOKENIZE = "/tokenize"  # vLLM's, and the sidecar's
+_TOKENIZE_SECONDS = 10.0
 _LARGEST_PROBE = 8 << 20
 
 
@@ -148,6 +150,22 @@ class Backend:
         context = self.view().context(model)
         if context is not None and tokens >= context:
             raise too_long(self.name, model, context)
+
+    async def count_tokens(self, chat: dict[str, Any]) -> int | None:
+        """Tokens of a chat's prompt by the model's own template, if this backend tells."""
+        if self.health.state != "up" or not self.speaks(_TOKENIZE):
+            return None
+        try:
+            _, answer = await self._fetch(_TOKENIZE, orjson.dumps(chat), _TOKENIZE_SECONDS)
+        except UpstreamError:
+            return None
+        except ValueError:
+            answer = {}
+        count = answer.get("count")
+        if not isinstance(count, int):
+            self.does_not_speak(_TOKENIZE)
+            return None
+        return count
 
     def report(self) -> dict[str, Any]:
         """What `/health` and the status page tell of this backend."""

@@ -64,12 +64,14 @@ class Endpoint(NamedTuple):
         schema: what its request must look like, in terms of chat if there is a dialect.
         dialect: how to translate it for a backend that does not know the path.
         needs: what a backend must be able to do, whatever the request holds.
+        counts: it asks for the prompt's tokens, not for an answer.
     """
 
     path: str
     schema: type[ChatRequest | TextRequest | EmbeddingRequest]
     dialect: Dialect | None = None
     needs: frozenset[str] = frozenset()
+    counts: bool = False
 
 
 class Forward:
@@ -97,7 +99,8 @@ class Forward:
             request = parse_json(body)
             chat = endpoint.dialect.to_chat(request) if endpoint.dialect else request
             validate(endpoint.schema, chat)
-            await Exchange(self._services, client, record, endpoint, body, request, chat).run()
+            exchange = Exchange(self._services, client, record, endpoint, body, request, chat)
+            await (exchange.count() if endpoint.counts else exchange.run())
         except ApiError as error:
             record.outcome, record.status, record.error = "refused", error.status, error.message
             await client.fail(error, record.headers())
@@ -159,6 +162,29 @@ class Exchange:
                 step = await self._try(step)
         finally:
             await self._client.stop_pings()
+
+    async def count(self) -> None:
+        """Tells the client its prompt's tokens, for the model that would answer.
+
+        Raises:
+            ApiError: nobody has this model.
+        """
+        services, record = self._services, self._record
+        step: Decision | None = None
+        try:
+            step = await self._decide()
+        except ApiError as error:  # nobody is there, or holds it: it can be counted all the same
+            if error.code == "model_not_found":
+                raise
+        tokens = None
+        if step:
+            backend = services.backends[step.backend]
+            tokens = await backend.count_tokens({**self._chat, "model": step.model})
+        if tokens is None and (step is None or step.backend == "sidecar"):
+            tokens = await services.counter.count(self._chat)
+        record.estimate = tokens or record.estimate
+        record.outcome, record.status = "ok", 200
+        await self._client.json(200, {"input_tokens": record.estimate}, record.headers())
 
     async def _decide(self) -> Decision:
         services, record = self._services, self._record

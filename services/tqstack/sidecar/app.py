@@ -23,6 +23,7 @@ from tqstack.sidecar.jobs import Progress
 from tqstack.sidecar.lifecycle import Loader
 from tqstack.sidecar.metrics import Metrics
 from tqstack.sidecar.model import resolve
+from tqstack.sidecar.prompt import chat_prompt
 from tqstack.sidecar.runtime import Runtime
 from tqstack.sidecar.streaming import EventStream, WhileConnected, read_body
 
@@ -44,6 +45,17 @@ class Sidecar:
 
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, TextRequest)
+
+    async def tokenize(self, request: Request) -> Response:
+        """A chat's prompt as tokens, as vLLM answers it. Loads no model."""
+        parsed = validate(ChatRequest, parse_json(await read_body(request, BODY_LIMIT)))
+        self._check_name(parsed.model)
+        runtime = self._engine.runtime
+        if runtime is None:
+            raise self._not_ready()
+        prompt = await asyncio.to_thread(chat_prompt, runtime.tokenizer, parsed)
+        facts = {"count": len(prompt.tokens), "max_model_len": runtime.loaded.context_length}
+        return JSONResponse({**facts, "tokens": prompt.tokens})
 
     async def models(self, request: Request) -> Response:
         facts = self._engine.lifecycle.facts
@@ -135,6 +147,7 @@ def create_app(
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("POST", "/v1/chat/completions", sidecar.chat_completions),
         ("POST", "/v1/completions", sidecar.completions),
+        ("POST", "/tokenize", sidecar.tokenize),
         ("GET", "/v1/models", sidecar.models),
         ("GET", "/v1/models/{name:path}", sidecar.model),
         ("GET", "/health", sidecar.health),

@@ -72,6 +72,13 @@ class Messages:
         return named_event(self.error_body(error))
 
 
+class TokenCount(Messages):
+    """`POST /v1/messages/count_tokens`: a request for a message that is only to be counted."""
+
+    def to_chat(self, request: dict[str, Any]) -> dict[str, Any]:
+        return super().to_chat({**request, "max_tokens": 1, "stream": False})
+
+
 class MessageStream(BlockStream):
     """`message_start`, then each block between its start and stop, then `message_stop`."""
 
