@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pages import commands_of
 from processes import free_port, get, wait_until
 
 PAGE = Path(__file__).parents[2] / "docs/service.md"
@@ -16,11 +16,6 @@ PAGE = Path(__file__).parents[2] / "docs/service.md"
 pytestmark = pytest.mark.skipif(
     sys.platform == "darwin", reason="the stand-in that runs the services is for systemctl"
 )
-
-
-def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.S)
-    return [line for block in blocks for line in block.splitlines()]
 
 
 @pytest.fixture
@@ -54,7 +49,7 @@ def answers(port: str) -> bool:
 def test_every_command_of_the_page_does_what_it_says(newcomer):
     machine, port = newcomer
     outputs = {}
-    for command in commands():
+    for command in commands_of(PAGE):
         if "chat/completions" in command:
             wait_until(lambda: answers(port), "a backend answers")
         result = subprocess.run(
