@@ -27,6 +27,9 @@ def in_cpp(request, monkeypatch):
     """Programs run in C++, with the matrix fragments of CUDA, or of Metal where a test asks."""
     run = partial(cpp_kernels.run, metal_layout=getattr(request, "param", "") == "metal layout")
     monkeypatch.setattr(Program, "__call__", lambda self, inputs, **how: run(self, inputs, **how))
+    mx.disable_compile()  # the C++ programs want real arrays, not traces
+    yield
+    mx.enable_compile()
 
 
 both_layouts = pytest.mark.parametrize("in_cpp", ["cuda layout", "metal layout"], indirect=True)

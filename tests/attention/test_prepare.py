@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from tqstack.attention import convolution, experts, single_token
+from tqstack.attention import convolution, experts, steps
 from tqstack.bench import shapes
 
 # Small sizes of the 35B geometry: experts, three recurrent layers and a softmax layer.
@@ -84,7 +84,7 @@ def test_indexed_experts_equal_mlx_lms(shape, bias):
 def test_compiled_single_tokens_equal_the_layers_own_step():
     model = build()
     want, names = logits(model), [name for name, _ in tree_flatten(model.parameters())]
-    assert single_token.install(model) == 7  # four blocks of experts, three recurrences
+    assert steps.install(model) == 7  # four blocks of experts, three recurrences
     assert difference(logits(model), want) == 0
     assert [name for name, _ in tree_flatten(model.parameters())] == names
     alone = logits(model, batch=1)  # traced again for another batch size
@@ -94,7 +94,7 @@ def test_compiled_single_tokens_equal_the_layers_own_step():
 def test_a_dropped_model_gives_its_memory_back():
     before = mx.get_active_memory()
     model = build()
-    single_token.install(model)
+    steps.install(model)
     logits(model)
     del model
     gc.collect()

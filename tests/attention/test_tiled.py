@@ -116,6 +116,7 @@ def test_an_unknown_mask_name_is_an_error():
 def test_peak_memory_of_a_prefill_step_does_not_grow_with_the_context(monkeypatch):
     monkeypatch.setattr(tiled, "KEY_TILE", 256)
     monkeypatch.setattr(tiled, "QUERY_TILE", 128)
+    monkeypatch.setattr(tiled, "IN_FLIGHT", 1 << 20)
     rng = np.random.default_rng(0)
 
     def workspace(length):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from tqstack.attention import convolution, experts, gated_delta, single_token
+from tqstack.attention import convolution, experts, gated_delta, steps
 from tqstack.attention.kernels.program import backend
 
 
@@ -16,4 +16,4 @@ def prepare(model: nn.Module) -> None:
         convolution.install(model)
     if backend() is not None:  # a CPU gains nothing from fewer launches
         experts.install(model)
-        single_token.install(model)
+        steps.install(model)

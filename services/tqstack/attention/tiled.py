@@ -15,6 +15,9 @@ from tqstack.turboquant.codec import Codec
 # Scores of one step: KEY_TILE keys against QUERY_TILE tokens of every head.
 KEY_TILE = 1024
 QUERY_TILE = 512
+# Bytes of scores and decompressed tiles that are computed while as many again are queued. Left to
+# itself, MLX holds the scores of all tiles at once, on CUDA those of whole layers.
+IN_FLIGHT = 32 << 20
 _FLOOR = -1e30  # below every score, and finite: exp(-inf - _FLOOR) is 0, never NaN
 
 
@@ -58,13 +61,12 @@ def tiled_attention(
         for a in range(0, L, QUERY_TILE)
     ]
     shared_padding = min(padding) if padding else 0
+    started: list[mx.array] = []
+    queued = 0
     for start in range(shared_padding, length, KEY_TILE):
         stop = min(start + KEY_TILE, length)
         visible = [b for b in blocks if not causal or first + b.stop > start]
         tiles = [p[:, :, start:stop] for p in (*keys, *values)]
-        # One tile after the other. Left to itself, MLX runs one chain of a block to its end and
-        # keeps the scores of all tiles for the other.
-        tiles = mx.depends(tiles, [x for block in visible for x in (block.acc, block.l)])
         k = key_codec.decode(tuple(tiles[: len(keys)]))
         v = value_codec.decode(tuple(tiles[len(keys) :]))
         hidden = _padding_mask(padding, start, stop)
@@ -81,7 +83,12 @@ def tiled_attention(
                     seen = _and(seen, tile)
                 else:
                     bias = tile.astype(mx.float32)
-            block.fold(k, v, seen, bias)
+            queued += block.fold(k, v, seen, bias) + k.nbytes + v.nbytes
+            if queued > IN_FLIGHT:
+                waiting, queued = started, 0
+                started = [x for b in blocks for x in (b.acc, b.m, b.l)]
+                mx.async_eval(started)
+                mx.eval(waiting)
     out = mx.concatenate([block.result() for block in blocks], axis=-2)
     out = value_codec.unrotate(out.reshape(B, heads, L, -1))
     return out.astype(queries.dtype)
@@ -104,9 +111,9 @@ class _Block:
             self.m = mx.broadcast_to(sinks, (*self.shape, 1)).reshape(rows)
             self.l = mx.ones(rows)
 
-    def fold(self, k: mx.array, v: mx.array, seen: mx.array | None, bias: mx.array | None) -> None:
+    def fold(self, k: mx.array, v: mx.array, seen: mx.array | None, bias: mx.array | None) -> int:
         """Add a tile: k (B, KV heads, T, D), v (B, KV heads, T, Dv); masks broadcast to
-        (B, KV heads, groups, L, T)."""
+        (B, KV heads, groups, L, T). Returns the bytes of its scores."""
         scores = self.queries @ k.swapaxes(-1, -2)  # (B, KV heads, groups * L, T)
         if seen is not None or bias is not None:
             scores = scores.reshape(*self.shape, -1)
@@ -119,6 +126,7 @@ class _Block:
         self.l = self.l * decay + p.sum(axis=-1, keepdims=True)
         self.acc = self.acc * decay + weighted
         self.m = m
+        return p.nbytes
 
     def result(self) -> mx.array:
         """(B, KV heads, groups, L, Dv)"""

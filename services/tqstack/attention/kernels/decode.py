@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import mlx.core as mx
@@ -48,6 +49,7 @@ merge<DV, SINKS, ROTATE>(
 )
 
 
+@lru_cache(maxsize=64)
 def serves(*codecs: object) -> bool:
     """Whether the kernel can read these codecs: one plane of codes of whole bits."""
     return all(
@@ -89,44 +91,64 @@ def decode_attention(
         *(int(isinstance(mask, str)), window, *_strides(array_mask)),
         scale=float(scale),
     )
+    launch = _launch(key_codec, value_codec, splits, array_mask is not None, sinks is not None)
+    return launch(
+        queries,
+        keys,
+        values,
+        _starts(starts),
+        call,
+        UNUSED if array_mask is None else at_least_8(array_mask),
+        UNUSED if sinks is None else at_least_8(sinks.astype(mx.float32)),
+    )
+
+
+@lru_cache(maxsize=256)
+def _launch(
+    key_codec: ScalarCodec, value_codec: ScalarCodec, splits: int, masked: bool, with_sinks: bool
+) -> Callable[..., mx.array]:
+    """Both kernels as one compiled step: MLX writes out a kernel's source at every launch from
+    Python, which takes longer than a short context needs on the GPU."""
     key_signs, value_signs = hadamard_signs(key_codec), hadamard_signs(value_codec)
-    parts, stats = ATTEND(
-        [
-            *(*keys, *values, _table(key_codec), _table(value_codec)),
-            queries if key_signs is not None else key_codec.rotate(queries),
-            UNUSED if key_signs is None else key_signs,
-            UNUSED if array_mask is None else at_least_8(array_mask),
-            _starts(starts),
-            call,
-        ],
-        template={
-            **constants(key_codec, value_codec),
-            "ROTATE": key_signs is not None,
-            "MASKED": array_mask is not None,
-        },
-        blocks=(splits, tiles, B * kv_heads),
-        threads=THREADS,
-        outputs=[
-            ((B * kv_heads, tiles, splits, COLUMNS, value_codec.dim), mx.float32),
-            ((B * kv_heads, tiles, splits, 2, COLUMNS), mx.float32),
-        ],
-    )
-    rotated = value_signs is None
-    (out,) = MERGE(
-        [
-            *(parts, stats),
-            UNUSED if sinks is None else at_least_8(sinks.astype(mx.float32)),
-            UNUSED if value_signs is None else value_signs,
-            call,
-        ],
-        template={"DV": value_codec.dim, "SINKS": sinks is not None, "ROTATE": not rotated},
-        blocks=(rows, B * kv_heads, 1),
-        threads=MERGERS,
-        outputs=[
-            ((B, heads, L, value_codec.dim), mx.float32 if rotated else queries.dtype),
-        ],
-    )
-    return value_codec.unrotate(out).astype(queries.dtype) if rotated else out
+    tables = _table(key_codec), _table(value_codec)
+    fixed = {
+        **constants(key_codec, value_codec),
+        "ROTATE": key_signs is not None,
+        "MASKED": masked,
+    }
+    rotated, dim = value_signs is None, value_codec.dim
+
+    def launch(queries, keys, values, starts, call, mask, sinks) -> mx.array:
+        B, heads, L, _ = queries.shape
+        kv_heads = keys[0].shape[1]
+        rows = heads // kv_heads * L
+        tiles = -(-rows // COLUMNS)
+        parts, stats = ATTEND(
+            [
+                *(*keys, *values, *tables),
+                queries if key_signs is not None else key_codec.rotate(queries),
+                UNUSED if key_signs is None else key_signs,
+                *(mask, starts, call),
+            ],
+            template=fixed,
+            blocks=(splits, tiles, B * kv_heads),
+            threads=THREADS,
+            outputs=[
+                ((B * kv_heads, tiles, splits, COLUMNS, dim), mx.float32),
+                ((B * kv_heads, tiles, splits, 2, COLUMNS), mx.float32),
+            ],
+        )
+        (out,) = MERGE(
+            [parts, stats, sinks, UNUSED if value_signs is None else value_signs, call],
+            template={"DV": dim, "SINKS": with_sinks, "ROTATE": not rotated},
+            blocks=(rows, B * kv_heads, 1),
+            threads=MERGERS,
+            outputs=[((B, heads, L, dim), mx.float32 if rotated else queries.dtype)],
+        )
+        return value_codec.unrotate(out).astype(queries.dtype) if rotated else out
+
+    # A mask is longer at every token: there would be a trace for each.
+    return launch if masked else mx.compile(launch)
 
 
 def constants(key_codec: ScalarCodec, value_codec: ScalarCodec) -> dict[str, int | bool]:

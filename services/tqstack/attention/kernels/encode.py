@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import mlx.core as mx
 
@@ -30,6 +32,7 @@ else
 )
 
 
+@lru_cache(maxsize=64)
 def serves(*codecs: object) -> bool:
     """Whether the kernel can write these codecs: whole bits, no rotation or one Hadamard block,
     and groups of whole warps."""
@@ -49,8 +52,15 @@ def encode(
 
     A value within rounding of a boundary between two codes may get either.
     """
-    count = keys.size // keys.shape[-1]
-    template, signs, levels, outputs = {}, [], [], []
+    return _launch(key_codec, value_codec, keys.shape[2] == 1)(keys, values)
+
+
+@lru_cache(maxsize=64)
+def _launch(
+    key_codec: LloydCodec, value_codec: LloydCodec, single_token: bool
+) -> Callable[..., tuple[Any, Any]]:
+    """A step that is compiled for single tokens, as in `decode.py`."""
+    template, signs, levels = {}, [], []
     for name, codec in (("K", key_codec), ("V", value_codec)):
         own = hadamard_signs(codec)
         signs.append(UNUSED if own is None else own)
@@ -62,22 +72,22 @@ def encode(
             f"{name}R": own is not None,
             f"{name}C": codec.corrected,
         }
-        outputs += [((*keys.shape[:3], width), dtype) for width, dtype in codec.plane_shapes()]
-    planes = ENCODE(
-        [keys, values, *signs, *levels, _count(count)],
-        template=template,
-        blocks=(-(-count // WARPS), 2, 1),
-        threads=32 * WARPS,
-        outputs=outputs,
-    )
-    return tuple(planes[:2]), tuple(planes[2:])
+    planes = [*key_codec.plane_shapes(), *value_codec.plane_shapes()]
+
+    def launch(keys: mx.array, values: mx.array):
+        count = keys.size // keys.shape[-1]
+        out = ENCODE(
+            [keys, values, *signs, *levels, mx.array([count] * 8, dtype=mx.int32)],
+            template=template,
+            blocks=(-(-count // WARPS), 2, 1),
+            threads=32 * WARPS,
+            outputs=[((*keys.shape[:3], width), dtype) for width, dtype in planes],
+        )
+        return tuple(out[:2]), tuple(out[2:])
+
+    return mx.compile(launch) if single_token else launch
 
 
 @lru_cache(maxsize=16)
 def _levels(codec: LloydCodec) -> mx.array:
     return at_least_8(mx.array(codec.codes[0].codebook))
-
-
-@lru_cache(maxsize=64)
-def _count(count: int) -> mx.array:
-    return mx.array([count] * 8, dtype=mx.int32)

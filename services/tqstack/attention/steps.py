@@ -1,9 +1,12 @@
-"""One token through a layer in fewer steps: what lies between two growing caches, compiled.
+"""How a GPU steps through layers: single tokens compiled, prompts a layer at a time.
 
 A token of a 40-layer model is some 2,000 small operations, and making and launching them takes
 longer than the GPU needs for them. `mx.compile` traces them once and fuses what it can. Attention
 stays outside: its cache changes shape. The layers' own code is what is traced, so there is nothing
 here that could differ from it.
+
+A prompt's operations are large, and MLX holds the results of all that it has queued: a recurrent
+layer therefore waits until it is done.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 
+PROMPT = 256  # tokens from which on waiting costs nothing that could be seen
+
 
 def install(model: nn.Module) -> int:
-    """Compile the single-token step of a model's MLPs and Gated DeltaNet layers; returns how many.
+    """Let a model's MLPs and Gated DeltaNet layers step like that; returns how many.
 
     Weights become constants of the trace: a model whose weights change must not be installed.
     """
@@ -34,7 +39,7 @@ def install(model: nn.Module) -> int:
 
 @lru_cache
 def _mlp(base: type[nn.Module]) -> type[nn.Module]:
-    class SingleToken(base):
+    class Steps(base):
         def __call__(self, x: mx.array) -> mx.array:
             if x.shape[1] != 1:
                 return super().__call__(x)
@@ -42,16 +47,19 @@ def _mlp(base: type[nn.Module]) -> type[nn.Module]:
                 self._single_token = mx.compile(super().__call__)
             return self._single_token(x)
 
-    return SingleToken
+    return Steps
 
 
 @lru_cache
 def _recurrence(base: type[nn.Module]) -> type[nn.Module]:
-    class SingleToken(base):
+    class Steps(base):
         def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None):
             ready = type(cache) is ArraysCache and not cache.empty()
             if x.shape[1] != 1 or mask is not None or not ready:
-                return super().__call__(x, mask, cache)
+                y = super().__call__(x, mask, cache)
+                if x.shape[1] >= PROMPT and cache is not None:
+                    mx.eval(y, cache.cache)
+                return y
             if not hasattr(self, "_single_token"):
                 self._single_token = mx.compile(self._step)
             y, *cache.cache = self._single_token(x, *cache.cache)
@@ -63,4 +71,4 @@ def _recurrence(base: type[nn.Module]) -> type[nn.Module]:
             y = super().__call__(x, None, cache)
             return y, *cache.cache
 
-    return SingleToken
+    return Steps
