@@ -48,6 +48,21 @@ class Workload:
     prefill_step: int = 2048
 
 
+def runnable(
+    model: nn.Module, make_caches: dict[str, MakeCache], tokens: np.ndarray
+) -> tuple[dict[str, MakeCache], dict[str, str]]:
+    """The backends that run on this machine, and of the others why not. Compiles kernels."""
+    able, unable = {}, {}
+    for name, make_cache in make_caches.items():
+        try:
+            run(model, make_cache, Workload(0, 64, 4), tokens)
+        except (RuntimeError, ValueError) as error:
+            unable[name] = str(error)
+        else:
+            able[name] = make_cache
+    return able, unable
+
+
 def measure(
     model: nn.Module,
     make_caches: dict[str, MakeCache],
@@ -57,8 +72,6 @@ def measure(
 ) -> Iterator[Row | None]:
     """Run everything; yields None after each single run (for a progress bar), then the rows."""
     runs: dict[tuple[str, Workload], list[dict[str, float]]] = {}
-    for make_cache in make_caches.values():  # compile kernels, fill allocators
-        run(model, make_cache, Workload(0, 64, 4), tokens)
     for workload in workloads:
         for _ in range(trials):
             for name, make_cache in make_caches.items():

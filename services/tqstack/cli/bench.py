@@ -10,7 +10,7 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from tqstack.cli.common import console, fail, preload_openblas
+from tqstack.cli.common import console, errors, fail, preload_openblas
 
 app = typer.Typer(help="Measure speed, quality and the router.", no_args_is_help=True)
 
@@ -49,7 +49,7 @@ def speed(
     from tqstack import demo_model
     from tqstack.bench import plots, shapes
     from tqstack.bench.backends import backends
-    from tqstack.bench.speed import Row, Workload, as_json, measure
+    from tqstack.bench.speed import Row, Workload, as_json, measure, runnable
     from tqstack.sidecar.model import ModelNotFoundError, load_model
 
     if shape and shape not in shapes.SHAPES:
@@ -58,9 +58,13 @@ def speed(
         network = shapes.build(shape, layers or None) if shape else load_model(model).model
     except ModelNotFoundError as error:
         fail(str(error), 2)
-    caches = backends(network, backend, bits)
-    works = [Workload(c, prompt_tokens, generation_tokens, prefill_step) for c in numbers(context)]
     tokens = demo_model.held_out_tokens().astype(np.int32)
+    caches, unable = runnable(network, backends(network, backend, bits), tokens)
+    for name, why in unable.items():
+        errors.print(f"{name} does not run on this machine: {why}", highlight=False)
+    if not caches:
+        fail("nothing to measure", 1)
+    works = [Workload(c, prompt_tokens, generation_tokens, prefill_step) for c in numbers(context)]
     steps = measure(network, caches, works, tokens, trials)
     total = len(works) * trials * len(caches)
     rows = [
