@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from openai import OpenAI
 
 from processes import clean_environment, free_port, get, running, wait_for, wait_until
 from tqstack import demo_model
+from tqstack.bench.needle import Needle
 
 
 @dataclass
@@ -24,6 +26,12 @@ class Stack:
 
     def client(self, url: str | None = None) -> OpenAI:
         return OpenAI(base_url=f"{url or self.router}/v1", api_key="local", max_retries=0)
+
+    def ask(self, needle: Needle, **options: Any):
+        """The router's answer to a needle's question, with its headers."""
+        options = {"model": "auto", "max_tokens": 12, "temperature": 0, **options}
+        chats = self.client().chat.completions.with_raw_response
+        return chats.create(messages=needle.messages, **options)
 
     def process_of(self, name: str) -> psutil.Process:
         """The service's process, a child of the supervisor."""

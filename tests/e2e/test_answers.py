@@ -10,18 +10,13 @@ import openai
 import pytest
 
 
-def ask(client, needle, **options):
-    options = {"model": "auto", "max_tokens": 12, "temperature": 0, **options}
-    return client.chat.completions.with_raw_response.create(messages=needle.messages, **options)
-
-
 def text_of(stream) -> str:
     return "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
 
 
 def test_a_short_prompt_goes_to_the_other_backend(stack, needle_of):
     needle = needle_of(60)
-    raw = ask(stack.client(), needle)
+    raw = stack.ask(needle)
     assert raw.headers["x-tqstack-backend"] == "ollama"
     assert "x-tqstack-fallback-from" not in raw.headers
     assert raw.parse().choices[0].message.content == needle.code
@@ -29,7 +24,7 @@ def test_a_short_prompt_goes_to_the_other_backend(stack, needle_of):
 
 def test_a_needle_in_12000_tokens_is_recalled_through_the_compressed_cache(stack, needle_of):
     needle = needle_of(12_000)
-    raw = ask(stack.client(), needle)
+    raw = stack.ask(needle)
     answer = raw.parse()
     assert raw.headers["x-tqstack-backend"] == "sidecar"
     assert answer.usage.prompt_tokens > 11_900
@@ -45,7 +40,7 @@ def test_five_concurrent_streams_give_the_tokens_of_five_single_ones(stack, need
     prompts = [needle_of(n, seed=n) for n in (700, 60, 1100, 900, 300)]
 
     def answer(needle):
-        raw = ask(stack.client(), needle, model="tq:demo", stream=True, max_tokens=24)
+        raw = stack.ask(needle, model="tq:demo", stream=True, max_tokens=24)
         return text_of(raw.parse())
 
     single = [answer(prompt) for prompt in prompts]
@@ -57,13 +52,12 @@ def test_five_concurrent_streams_give_the_tokens_of_five_single_ones(stack, need
 
 @pytest.mark.parametrize("prefix, backend", [("tq:", "sidecar"), ("ollama:", "ollama")])
 def test_a_prefix_chooses_the_backend(stack, needle_of, prefix, backend):
-    raw = ask(stack.client(), needle_of(60), model=f"{prefix}auto")
+    raw = stack.ask(needle_of(60), model=f"{prefix}auto")
     assert raw.headers["x-tqstack-backend"] == backend
 
 
 def test_a_stream_ends_with_reason_usage_and_measurements(stack, needle_of):
-    raw = ask(
-        stack.client(),
+    raw = stack.ask(
         needle_of(600),
         stream=True,
         max_tokens=3,
@@ -139,7 +133,7 @@ def test_the_sidecars_metrics_count_tokens_and_bytes(stack, needle_of):
         return float(next(line.split()[1] for line in lines if line.startswith(name)))
 
     before = count("tqstack_sidecar_output_tokens_total")
-    ask(stack.client(), needle_of(60), model="tq:demo", max_tokens=3)
+    stack.ask(needle_of(60), model="tq:demo", max_tokens=3)
     assert count("tqstack_sidecar_output_tokens_total") == before + 3
     assert count("tqstack_sidecar_cache_bytes") == 0
 
@@ -175,6 +169,13 @@ def test_a_body_that_is_no_json_is_a_400(stack, service):
         response = httpx.post(url, content=body, timeout=30)
         assert response.status_code == 400, body
         assert "JSON" in response.json()["error"]["message"]
+
+
+def test_a_body_that_is_too_large_is_a_413(stack):
+    for url in (stack.router, stack.sidecar):
+        response = httpx.post(f"{url}/v1/chat/completions", content=b" " * (65 << 20), timeout=60)
+        assert response.status_code == 413
+        assert "ROUTER_BODY_LIMIT_MB" in response.json()["error"]["message"]
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(stack):

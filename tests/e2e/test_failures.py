@@ -23,23 +23,17 @@ def mortal(tmp_path):
         yield stack
 
 
-def ask(stack, needle, **options):
-    return stack.client().chat.completions.with_raw_response.create(
-        model="auto", messages=needle.messages, max_tokens=12, temperature=0, **options
-    )
-
-
 def test_a_killed_sidecar_is_replaced_at_once_and_comes_back(mortal, needle_of):
     needle, sidecar = needle_of(200), mortal.process_of("sidecar")
-    assert ask(mortal, needle).headers["x-tqstack-backend"] == "sidecar"
+    assert mortal.ask(needle).headers["x-tqstack-backend"] == "sidecar"
     sidecar.send_signal(signal.SIGKILL)
-    raw = ask(mortal, needle)
+    raw = mortal.ask(needle)
     assert raw.headers["x-tqstack-backend"] == "ollama"
     assert raw.headers["x-tqstack-fallback-from"] == "sidecar"
     assert raw.parse().choices[0].message.content == needle.code
     wait_until(lambda: backend_is_up(mortal, "sidecar"), "the sidecar is restarted", 60)
     assert mortal.process_of("sidecar").pid != sidecar.pid
-    assert ask(mortal, needle).headers["x-tqstack-backend"] == "sidecar"
+    assert mortal.ask(needle).headers["x-tqstack-backend"] == "sidecar"
 
 
 def test_a_sidecar_killed_in_mid_stream_ends_the_stream_with_an_error_event(mortal, needle_of):
@@ -58,7 +52,7 @@ def test_a_sidecar_killed_in_mid_stream_ends_the_stream_with_an_error_event(mort
 
 def test_without_the_other_backend_short_prompts_go_to_the_sidecar(tmp_path, needle_of):
     with whole_stack(tmp_path, None) as stack:
-        raw = ask(stack, needle_of(60))
+        raw = stack.ask(needle_of(60))
         assert raw.headers["x-tqstack-backend"] == "sidecar"
         assert raw.headers["x-tqstack-fallback-from"] == "ollama"
 

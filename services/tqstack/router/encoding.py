@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import zlib
 
+from tqstack.openai_api.body import too_large
 from tqstack.openai_api.errors import ApiError, bad_request
-from tqstack.router.client import too_large
 
 
 def decode(body: bytes, encoding: str, limit: int) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from tqstack.openai_api.body import ClientGone, read_body
 from tqstack.openai_api.errors import ApiError
 from tqstack.openai_api.schema import (
     ChatRequest,
@@ -20,7 +21,7 @@ from tqstack.openai_api.schema import (
     validate,
 )
 from tqstack.router.backends import Backend
-from tqstack.router.client import Client, ClientGone, read_body
+from tqstack.router.client import Client
 from tqstack.router.dialects import Dialect
 from tqstack.router.encoding import decode
 from tqstack.router.estimate import Estimator, Size, measure

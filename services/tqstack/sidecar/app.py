@@ -11,10 +11,18 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from tqstack.openai_api import sse
+from tqstack.openai_api.body import read_body
 from tqstack.openai_api.errors import ApiError, bad_request
 from tqstack.openai_api.guard import Guard, Guarded
 from tqstack.openai_api.handlers import add_error_handlers
-from tqstack.openai_api.schema import ANY_MODEL, ChatRequest, TextRequest, parse_json, validate
+from tqstack.openai_api.schema import (
+    ANY_MODEL,
+    ChatRequest,
+    RequestType,
+    TextRequest,
+    parse_json,
+    validate,
+)
 from tqstack.settings import Settings
 from tqstack.sidecar.answers import Answer
 from tqstack.sidecar.engine import Engine
@@ -25,9 +33,7 @@ from tqstack.sidecar.metrics import Metrics
 from tqstack.sidecar.model import resolve
 from tqstack.sidecar.prompt import chat_prompt
 from tqstack.sidecar.runtime import Runtime
-from tqstack.sidecar.streaming import EventStream, WhileConnected, read_body
-
-BODY_LIMIT = 64 << 20
+from tqstack.sidecar.streaming import EventStream, WhileConnected
 
 
 class Sidecar:
@@ -39,6 +45,7 @@ class Sidecar:
         self._id, path = resolve(settings.model_name)
         self._names = (self._id, path, *ANY_MODEL)
         self._metrics = Metrics(engine)
+        self._body_limit = settings.router_body_limit_mb << 20  # what the router lets pass
 
     async def chat_completions(self, request: Request) -> Response:
         return await self._answer(request, ChatRequest)
@@ -48,8 +55,7 @@ class Sidecar:
 
     async def tokenize(self, request: Request) -> Response:
         """A chat's prompt as tokens, as vLLM answers it. Loads no model."""
-        parsed = validate(ChatRequest, parse_json(await read_body(request, BODY_LIMIT)))
-        self._check_name(parsed.model)
+        parsed = await self._parsed(request, ChatRequest)
         runtime = self._engine.runtime
         if runtime is None:
             raise self._not_ready()
@@ -90,9 +96,10 @@ class Sidecar:
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.render(), media_type=self._metrics.content_type)
 
-    async def _answer(self, request: Request, kind: type) -> Response:
-        parsed = validate(kind, parse_json(await read_body(request, BODY_LIMIT)))
-        self._check_name(parsed.model)
+    async def _answer(
+        self, request: Request, kind: type[ChatRequest] | type[TextRequest]
+    ) -> Response:
+        parsed = await self._parsed(request, kind)
         runtime = await self._ready()
         # Template and tokenizer take a second for a very long prompt: not on the event loop.
         generation = await asyncio.to_thread(Generation, self._engine, runtime, parsed)
@@ -101,6 +108,12 @@ class Sidecar:
             usage = parsed.wants_usage
             return EventStream(lambda: stream_events(generation, answer, usage))
         return WhileConnected(lambda: whole_answer(generation, answer))
+
+    async def _parsed(self, request: Request, kind: type[RequestType]) -> RequestType:
+        body = await read_body(request.receive, self._body_limit)
+        parsed = validate(kind, parse_json(body))
+        self._check_name(parsed.model)
+        return parsed
 
     async def _ready(self) -> Runtime:
         """The model, which this waits for unless it is the first time: others can serve then."""

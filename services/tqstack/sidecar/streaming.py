@@ -10,27 +10,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from tqstack.openai_api import sse
 from tqstack.openai_api.errors import ApiError
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body.
-
-    Raises:
-        ApiError: 413, as soon as it is longer than `limit` bytes.
-    """
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
-        parts.append(part)
-    return b"".join(parts)
 
 
 class WhileConnected(Response):
