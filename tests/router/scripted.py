@@ -37,13 +37,14 @@ class Wire:
 
     seen: Seen
     writer: asyncio.StreamWriter
+    reused: bool = False  # there was a request on this connection before
 
     async def raw(self, data: bytes) -> None:
         self.writer.write(data)
         await self.writer.drain()
 
     async def chunk(self, data: bytes) -> None:
-        await self.raw(b"%x\r\n%s\r\n" % (len(data), data))
+        await self.raw(chunk(data))
 
     async def end(self) -> None:
         await self.raw(b"0\r\n\r\n")
@@ -61,6 +62,10 @@ class Wire:
 
 
 Script = Callable[[Wire], Awaitable[None]]
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
 
 
 def delta(text: str, finish: str | None = None, **extra: Any) -> bytes:
@@ -95,6 +100,18 @@ def says(*words: str) -> Script:
         await wire.end()
 
     return script
+
+
+def answers(status: int, body: bytes, kind: str = "application/json", **headers: str) -> Script:
+    """A backend that always answers this."""
+
+    async def script(wire: Wire) -> None:
+        await wire.answer(status, body, kind, **headers)
+
+    return script
+
+
+fails = answers(500, b'{"error": "boom"}')
 
 
 @dataclass
@@ -136,8 +153,10 @@ class Scripted:
         self.open += 1
         self._writers.add(writer)
         try:
+            reused = False
             while seen := await _read_request(reader):
-                await self._answer(seen, reader, writer)
+                await self._answer(Wire(seen, writer, reused), reader)
+                reused = True
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:
@@ -146,10 +165,8 @@ class Scripted:
             with contextlib.suppress(ConnectionError):
                 writer.close()
 
-    async def _answer(
-        self, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        wire = Wire(seen, writer)
+    async def _answer(self, wire: Wire, reader: asyncio.StreamReader) -> None:
+        seen = wire.seen
         if seen.method == "GET" or seen.path.startswith(OWN_PATHS):
             self.probes += 1
             if self.silent:

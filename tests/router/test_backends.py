@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from router.scripted import SSE, Wire, delta, says
+from router.scripted import SSE, Wire, answers, delta, fails, says
 from router.stack import LONG, Stack, answer_of
 from tqstack.router import backends
 
@@ -42,9 +42,6 @@ def test_after_a_failure_it_is_probed_again_at_once():
 
 
 def test_three_failures_in_a_row_make_it_sick_and_a_trial_makes_it_well_again():
-    async def fails(wire: Wire) -> None:
-        await wire.answer(500, b'{"error": "boom"}')
-
     with Stack() as stack:
         stack.sidecar.script = fails
         for _ in range(3):
@@ -63,12 +60,8 @@ def test_three_failures_in_a_row_make_it_sick_and_a_trial_makes_it_well_again():
 
 
 def test_errors_of_the_client_make_nobody_sick():
-    async def refuses(wire: Wire) -> None:
-        await wire.answer(400, b'{"error": {"message": "bad", "code": "x"}}')
-
-    async def is_full(wire: Wire) -> None:
-        await wire.answer(503, b'{"error": {"message": "no", "code": "insufficient_memory"}}')
-
+    refuses = answers(400, b'{"error": {"message": "bad", "code": "x"}}')
+    is_full = answers(503, b'{"error": {"message": "no", "code": "insufficient_memory"}}')
     with Stack() as stack:
         for script in (refuses, is_full):
             stack.sidecar.script = script
@@ -106,10 +99,6 @@ def test_what_ollama_has_loaded_limits_what_falls_back_to_it():
     models = [{"name": "llama3:latest", "context_length": 4096}]
     stack.ollama.extra = {"/api/ps": {"models": models}}
     with stack:
-
-        async def fails(wire: Wire) -> None:
-            await wire.answer(500, b'{"error": "boom"}')
-
         stack.sidecar.script = fails
         response = stack.chat(LONG)
         assert response.status_code == 500

@@ -8,7 +8,7 @@ import anthropic
 import openai
 import pytest
 
-from router.scripted import SSE, Script, Wire, delta, says, usage_of
+from router.scripted import SSE, Script, Wire, answers, delta, says, usage_of
 from router.stack import LONG, Stack
 
 TOOL = {
@@ -287,12 +287,8 @@ def test_a_response_request_that_cannot_be_met_is_a_400_that_says_why(stack, bod
 
 def test_a_backend_that_speaks_the_api_itself_gets_the_request_as_it_is():
     body = b'{"id": "resp_native", "object": "response", "output": [], "status": "completed"}'
-
-    async def native(wire: Wire) -> None:
-        await wire.answer(200, body)
-
     with Stack() as stack:
-        stack.ollama.script = native
+        stack.ollama.script = answers(200, body)
         for _ in range(2):
             response = stack.post("/v1/responses", model="qwen", input="hi", store=False)
             assert response.content == body

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
-from router.scripted import SSE, Script, Wire, delta, says, whole
+from router.scripted import SSE, Script, Wire, answers, chunk, delta, says, whole
 from router.stack import Stack, stream_answer
 
 LIMIT = 0.4  # of every kind, in seconds
@@ -35,17 +35,6 @@ def raw(*pieces: bytes, then: str = "close", pause: float = 0.02) -> Script:
             wire.writer.close()
 
     return script
-
-
-def answers(status: int, body: bytes, kind: str = "application/json", **headers: str) -> Script:
-    async def script(wire: Wire) -> None:
-        await wire.answer(status, body, kind, **headers)
-
-    return script
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%s\r\n" % (len(data), data)
 
 
 def head(stream: bool) -> bytes:
@@ -117,10 +106,21 @@ ROWS = [
     Row("500 with text", lambda s: answers(500, b"boom", "text/plain"), kind="status-500"),
     Row("502 with HTML", lambda s: answers(502, b"<h1>no</h1>", "text/html"), kind="status-502"),
     Row("503", lambda s: answers(503, b"", retry_after="7"), kind="status-503"),
-    Row("429", lambda s: answers(429, b'{"error": {"message": "slow"}}'), kind="status-429"),
+    Row("503 with JSON", lambda s: answers(503, b'{"error": "busy"}'), kind="status-503"),
+    Row(
+        "429 with JSON",
+        lambda s: answers(429, b'{"error": {"message": "slow"}}'),
+        kind="status-429",
+    ),
+    Row("429 with text", lambda s: answers(429, b"slow", "text/plain"), kind="status-429"),
     Row("404", lambda s: answers(404, b'{"error": {"message": "gone"}}'), kind="status-404"),
     Row("a redirect", lambda s: answers(302, b"", location="http://x/"), kind="status-302"),
     Row("400", lambda s: answers(400, b'{"error": {"message": "bad"}}'), 400, 400),
+    Row(
+        "the other content type",
+        lambda s: answers(200, whole("x")) if s else answers(200, delta("x"), "text/event-stream"),
+        kind="garbled",
+    ),
     Row("HTML with 200", lambda s: answers(200, b"<p>hi", "text/html")),
     Row("JSON that is none", lambda s: answers(200, b'{"choices": [')),
     Row("an error with 200", lambda s: answers(200, b'{"error": "oh"}')),
@@ -236,6 +236,49 @@ def test_a_fault_has_its_known_outcome(stack, row, stream, backend):
         assert error and answered_by == backend
         assert sound.seen == []
     assert seconds < 4 * LIMIT
+    settle(stack)
+
+
+@pytest.mark.parametrize("backend", ["sidecar", "ollama"])
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "plain"])
+def test_a_backend_that_died_since_its_probe_refuses_and_is_replaced(stack, stream, backend):
+    dead, sound = getattr(stack, backend), stack.ollama if backend == "sidecar" else stack.sidecar
+    sound.script = says("other ", "answer")
+    settle(stack)
+    stack.run(dead.stop())
+    try:
+        response = stack.chat(model=f"{backend}:", stream=stream)
+        headers = response.headers
+        assert (headers["x-tqstack-backend"], headers["x-tqstack-fallback-from"]) == (
+            sound.name,
+            backend,
+        )
+        assert headers["x-tqstack-reason"] in (f"prefix; {backend} refused", f"{backend}-down")
+        assert "other" in response.text
+    finally:
+        stack.run(dead.start())
+        settle(stack)
+
+
+@pytest.mark.parametrize("backend", ["sidecar", "ollama"])
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "plain"])
+@pytest.mark.parametrize("end", ["close", "cut"])
+def test_a_kept_connection_closed_at_reuse_is_replaced_without_a_trace(stack, end, stream, backend):
+    async def script(wire: Wire) -> None:
+        if wire.reused:
+            await raw(then=end)(wire)
+        else:
+            await says("own ", "answer")(wire)
+
+    settle(stack)  # the probe's connection is the one that is used again
+    tricky = getattr(stack, backend)
+    tricky.script = script
+    tricky.seen.clear()
+    response = stack.chat(model=f"{backend}:", stream=stream)
+    assert "own" in response.text
+    assert response.headers["x-tqstack-backend"] == backend
+    assert "x-tqstack-fallback-from" not in response.headers
+    assert len(tricky.seen) == 2
     settle(stack)
 
 

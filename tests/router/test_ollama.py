@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from router.scripted import Wire
+from router.scripted import fails
 from router.stack import LONG, Stack
 
 MIDDLE = "word " * 9_000  # short enough for Ollama, by the threshold
@@ -42,10 +42,6 @@ class Ollama:
             "/api/generate": self.load,
         }
         return stack
-
-
-async def fails(wire: Wire) -> None:
-    await wire.answer(500, b'{"error": "boom"}')
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import time
 import openai
 import pytest
 
-from router.scripted import SSE, Wire, delta, says, whole
+from router.scripted import SSE, Wire, answers, delta, says, whole
 from router.stack import HYBRID, LONG, Stack, answer_of
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -78,11 +78,7 @@ def test_the_body_arrives_as_it_was_sent_but_for_the_model(stack):
 
 def test_the_answer_passes_as_bytes(stack):
     body = whole("caf\u00e9 \u2028 \U0001f600").replace(b'"id"', b' "id"')
-
-    async def script(wire: Wire) -> None:
-        await wire.answer(200, body)
-
-    stack.ollama.script = script
+    stack.ollama.script = answers(200, body)
     assert stack.chat().content == body
 
 
@@ -218,10 +214,7 @@ def test_a_stream_that_ends_without_a_finish_reason_is_a_failure(stack):
 
 
 def test_errors_of_a_backend_arrive_in_the_envelope(stack):
-    async def script(wire: Wire) -> None:
-        await wire.answer(400, b'{"error": "prompt is too spicy"}')
-
-    stack.ollama.script = script
+    stack.ollama.script = answers(400, b'{"error": "prompt is too spicy"}')
     response = stack.chat()
     error = response.json()["error"]
     assert response.status_code == 400

@@ -11,7 +11,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from router.scripted import Wire, whole
+from router.scripted import answers, whole
 from router.stack import Stack
 from tqstack.router.app import FORWARDED
 from tqstack.settings import SettingsError, load_settings
@@ -131,10 +131,8 @@ def test_a_client_s_secrets_and_hop_headers_reach_no_backend(stack):
 
 
 def test_a_backend_s_own_headers_do_not_reach_the_client(stack):
-    async def script(wire: Wire) -> None:
-        await wire.answer(200, whole("x"), set_cookie="a=b", server="secret/1", location="/x")
-
-    stack.ollama.script = script
+    own = {"set_cookie": "a=b", "server": "secret/1", "location": "/x"}
+    stack.ollama.script = answers(200, whole("x"), **own)
     response = stack.http.post("/v1/chat/completions", json=HELLO)
     assert not {"set-cookie", "server", "location"} & set(response.headers)
 
@@ -230,10 +228,7 @@ REQUEST = st.fixed_dictionaries({}, optional={"messages": st.lists(MESSAGE) | JS
 @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from([endpoint.path for endpoint in FORWARDED]), REQUEST | JSON)
 def test_no_request_is_answered_with_a_fault_of_the_router(stack, path, body):
-    async def script(wire: Wire) -> None:
-        await wire.answer(200, whole("fine"))
-
-    stack.ollama.script = stack.sidecar.script = script
+    stack.ollama.script = stack.sidecar.script = answers(200, whole("fine"))
     response = stack.http.post(path, content=json.dumps(body))
     assert response.status_code in (200, 400)
     if response.status_code == 400:
