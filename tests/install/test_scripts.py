@@ -52,6 +52,7 @@ def a_mac(**changes) -> Facts:
         "ollama": (0, 19, 1),
         "model": DEFAULT_MAC_MODEL,
         "model_is_here": False,
+        "downloaded": 0,
     }
     return Facts(**{**facts, **changes})
 
@@ -66,6 +67,7 @@ def a_mac(**changes) -> Facts:
         ({"macos": 13}, "cannot", "14 or newer"),
         ({"system": "Windows"}, "cannot", "not supported"),
         ({"free_disk": 29 * 10**9}, "cannot", "need 33 GB"),
+        ({"free_disk": 29 * 10**9, "downloaded": 10**10}, "ok", "29 GB of disk"),
         ({"free_disk": 29 * 10**9, "model_is_here": True}, "ok", "29 GB of disk"),
         ({"ollama": (0, 18, 9)}, "note", "0.19 or newer"),
         ({"ollama": None}, "note", "ollama.com/download"),

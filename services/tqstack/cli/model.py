@@ -12,17 +12,16 @@ from tqstack.cli.common import console, fail, settings
 app = typer.Typer(help="Download and remove models.", no_args_is_help=True)
 
 Model = Annotated[str, typer.Argument(help="a hub name; without it, SIDECAR_MODEL")]
-# What mlx-lm reads of a repository.
-FILES = ("*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "*.jinja")
 
 
 @app.command()
 def download(model: Model = "") -> None:
     """Download a model, or the rest of one; then check that its files are whole."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    from tqstack.sidecar.model import resolve
-    from tqstack.sidecar.safetensors import model_tensors
+    from tqstack.sidecar import hub
+    from tqstack.sidecar.model import ModelNotFoundError, resolve
+    from tqstack.sidecar.safetensors import BrokenFileError, model_tensors
 
     config = settings()
     if not model and not config.runs_sidecar:
@@ -32,8 +31,24 @@ def download(model: Model = "") -> None:
     try:
         _, path = resolve(name)
         if not Path(path).is_dir():
-            path = snapshot_download(path, allow_patterns=list(FILES))
+            path = hub.fetch(name)
         count = len(model_tensors(Path(path)))
+    except ModelNotFoundError as error:
+        fail(str(error), 1)
+    except BrokenFileError as error:
+        fail(f"{error}; first remove what is here: tqstack model remove {name}", 1)
+    except GatedRepoError:
+        fail(
+            f"{name} wants its terms to be accepted: do so on {hub.page(name)}, then `hf auth "
+            "login`, and run it again",
+            1,
+        )
+    except RepositoryNotFoundError:
+        fail(
+            f"{hub.page(name)} does not exist, or is private: correct the name (SIDECAR_MODEL), or "
+            "`hf auth login`, and run it again",
+            1,
+        )
     except Exception as error:  # of the network, the hub or the disk: each says what it is
         fail(f"{name} could not be downloaded: {error}. Run it again: what has come is kept", 1)
     console.print(f"{name} is whole: {count} tensors in {path}", soft_wrap=True, highlight=False)
@@ -42,21 +57,15 @@ def download(model: Model = "") -> None:
 @app.command()
 def remove(model: Model = "") -> None:
     """Remove a downloaded model from the hub's cache; folders of yours stay."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
+    from tqstack.sidecar import hub
+    from tqstack.sidecar.model import ModelNotFoundError, resolve
 
     name = model or settings().model_name
     try:
-        cache = scan_cache_dir()
-    except CacheNotFound:
-        console.print(f"{name} is not here")
+        _, path = resolve(name)
+    except ModelNotFoundError as error:
+        fail(str(error), 1)
+    if path != name:
+        console.print(f"{name} was not downloaded: it stays")
         return
-    revisions = [
-        revision.commit_hash
-        for repository in cache.repos
-        if repository.repo_id == name
-        for revision in repository.revisions
-    ]
-    strategy = cache.delete_revisions(*revisions)
-    strategy.execute()
-    console.print(f"{name}: {strategy.expected_freed_size_str} given back")
+    console.print(f"{name}: {hub.remove(name) / 1e6:,.0f} MB given back")

@@ -26,7 +26,7 @@ OLDEST_MACOS = 14
 
 @dataclass(frozen=True)
 class Facts:
-    """What was found. Versions are tuples of numbers; None: there is none."""
+    """What was found. Versions are tuples of numbers; None: there is none. Sizes are in bytes."""
 
     system: str
     machine: str
@@ -36,6 +36,7 @@ class Facts:
     ollama: tuple[int, ...] | None
     model: str
     model_is_here: bool
+    downloaded: int  # of a model that is not here whole
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def judge(facts: Facts) -> Iterator[Remark]:
     else:
         yield Remark("note", f"{memory}: only the router will run; the sidecar needs 32 GB")
     download = not facts.model_is_here
-    needed = DISK_FOR_PACKAGES + (DISK_FOR_MODEL if download else 0)
+    to_come = max(0, DISK_FOR_MODEL - facts.downloaded) if download else 0
+    needed = DISK_FOR_PACKAGES + to_come
     disk = f"{facts.free_disk / GB:.0f} GB of disk are free"
     if facts.free_disk < needed:
         what = f"the packages and {facts.model}" if download else "the packages"
@@ -87,7 +89,7 @@ def find_facts(model: str) -> Facts:
     here = model == "demo" or Path(model).expanduser().is_dir()
     macos = platform.mac_ver()[0]
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / ".cache/huggingface/hub")
-    snapshots = cache / f"models--{model.replace('/', '--')}" / "snapshots"
+    cached = cache / f"models--{model.replace('/', '--')}"
     return Facts(
         system=platform.system(),
         machine=platform.machine(),
@@ -96,7 +98,8 @@ def find_facts(model: str) -> Facts:
         free_disk=shutil.disk_usage(home).free,
         ollama=ollama_version(),
         model=model,
-        model_is_here=here or snapshots.is_dir(),
+        model_is_here=here or (cached / "snapshots").is_dir(),
+        downloaded=sum(path.stat().st_size for path in cached.glob("blobs/*")),
     )
 
 

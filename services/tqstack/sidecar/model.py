@@ -16,6 +16,7 @@ from mlx_lm.utils import dequantize_model, load
 from tqstack import demo_model
 from tqstack.attention.hybrid import softmax_entries
 from tqstack.attention.prepare import prepare
+from tqstack.sidecar import hub
 from tqstack.sidecar.geometry import context_length
 
 
@@ -70,6 +71,8 @@ def load_model(name: str) -> LoadedModel:
         ModelNotFoundError: there is no such model.
     """
     model_id, path = resolve(name)
+    if not Path(path).is_dir():
+        path = str(hub.fetch(path))
     model, tokenizer, config = load(path, return_config=True)  # pyright: ignore
     if mx.default_device() == mx.cpu:
         model = dequantize_model(model)

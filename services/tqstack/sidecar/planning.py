@@ -74,14 +74,15 @@ def model_folder(name: str) -> tuple[str, Path]:
     Raises:
         ModelNotFoundError: it is not, or not wholly.
     """
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
+
+    from tqstack.sidecar import hub
 
     model_id, path = resolve(name)
     if Path(path).is_dir():
         return model_id, Path(path)
     try:
-        return model_id, Path(snapshot_download(path, local_files_only=True))
+        return model_id, hub.snapshot(path)
     except LocalEntryNotFoundError:
         raise ModelNotFoundError(
             f"{name} is not on this machine; download it: tqstack model download {name}"
