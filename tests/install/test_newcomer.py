@@ -1,7 +1,9 @@
-"""Every command of docs/service.md, in order, on a machine with nothing on it: the services run."""
+"""Every command of docs/service.md and of the README, on a machine with nothing on it: the services
+run. What the README asks a running stack is in tests/e2e/test_readme.py."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,9 @@ import pytest
 from pages import commands_of
 from processes import free_port, get, wait_until
 
-PAGE = Path(__file__).parents[2] / "docs/service.md"
+ROOT = Path(__file__).parents[2]
+ASKS_A_STACK = re.compile(r"127\.0\.0\.1:800[01]")
+ALL_TESTS = "bash scripts/test.sh"  # would run this very test
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "darwin", reason="the stand-in that runs the services is for systemctl"
@@ -46,23 +50,28 @@ def answers(port: str) -> bool:
     return response is not None and response.is_success
 
 
+def run(newcomer, command: str) -> str:
+    machine, port = newcomer
+    result = subprocess.run(
+        ["bash", "-c", command.replace("8000", port)],
+        cwd=machine.checkout,
+        env=machine.environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, (command, result.stdout, result.stderr)
+    return result.stdout
+
+
 def test_every_command_of_the_page_does_what_it_says(newcomer):
     machine, port = newcomer
     outputs = {}
-    for command in commands_of(PAGE):
+    for command in commands_of(ROOT / "docs/service.md"):
         if "chat/completions" in command:
             wait_until(lambda: answers(port), "a backend answers")
-        result = subprocess.run(
-            ["bash", "-c", command.replace("8000", port)],
-            cwd=machine.checkout,
-            env=machine.environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert result.returncode == 0, (command, result.stdout, result.stderr)
-        outputs[command] = result.stdout
+        outputs[command] = run(newcomer, command)
     told = "".join(outputs.values())
     assert '"choices"' in told and '"status":"ok"' in told.replace(" ", "")
     assert "* TQ_KV_BITS=3.5" in told
@@ -70,3 +79,12 @@ def test_every_command_of_the_page_does_what_it_says(newcomer):
     assert told.count("It fits") == 2
     assert not machine.config.exists() and not (machine.checkout / ".venv").exists()
     assert [path for path in machine.home.rglob("*") if path.is_file()] == []
+
+
+def test_every_command_of_the_readme_works(newcomer):
+    commands = [one for one in commands_of(ROOT / "README.md") if not ASKS_A_STACK.search(one)]
+    outputs = {one: run(newcomer, one) for one in commands if one != ALL_TESTS}
+    told = "".join(outputs.values())
+    assert outputs[".venv/bin/tqstack service status"].count("running") == 2
+    for words in ("sidecar", "prompt 4 tokens", "It fits"):
+        assert words in told
