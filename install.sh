@@ -2,7 +2,8 @@
 # Installs tqstack: packages, settings, model, background services. Safe to repeat, and to repeat
 # after it was interrupted. What it did is undone if one of its steps fails.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=scripts/actions.sh
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/actions.sh"
 
 usage() {
   cat <<'END'
@@ -14,7 +15,7 @@ Usage: ./install.sh [--model MODEL] [--no-service] [--yes] [--dry-run]
 END
 }
 
-model='' service=1 yes='' dry=''
+model='' service=1 yes=''
 while [ $# -gt 0 ]; do
   case $1 in
     --model) model=${2:?--model needs a value} && shift ;;
@@ -22,21 +23,12 @@ while [ $# -gt 0 ]; do
     --yes) yes=1 ;;
     --dry-run) dry=1 ;;
     --help | -h) usage && exit ;;
-    *) echo "install.sh: $1 is not known" >&2 && usage >&2 && exit 2 ;;
+    *) refuse "$1" ;;
   esac
   shift
 done
 
-say() { printf 'install: %s\n' "$*"; }
-tqstack() { "$root/.venv/bin/python" -m tqstack "$@"; }
-config=${TQSTACK_CONFIG:-$HOME/ai/turboquant/config.env}
-
-# Every change is made here: NAME for people, then the command.
-act() {
-  say "$1"
-  shift
-  [ -n "$dry" ] || "$@"
-}
+config=$(config_file)
 
 undo=() # commands, the last is run first
 undo_all() {

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Removes what install.sh made: services, logs, packages; asks about the model and the settings.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=scripts/actions.sh
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/actions.sh"
 
 usage() {
   cat <<'END'
@@ -12,26 +13,18 @@ Without a terminal and without --yes, model and settings stay.
 END
 }
 
-yes='' dry=''
+yes=''
 while [ $# -gt 0 ]; do
   case $1 in
     --yes) yes=1 ;;
     --dry-run) dry=1 ;;
     --help | -h) usage && exit ;;
-    *) echo "uninstall.sh: $1 is not known" >&2 && usage >&2 && exit 2 ;;
+    *) refuse "$1" ;;
   esac
   shift
 done
 
-say() { printf 'uninstall: %s\n' "$*"; }
-tqstack() { "$root/.venv/bin/python" -m tqstack "$@"; }
-config=${TQSTACK_CONFIG:-$HOME/ai/turboquant/config.env}
-
-act() {
-  say "$1"
-  shift
-  [ -n "$dry" ] || "$@"
-}
+config=$(config_file)
 
 agreed() {
   local answer=n
