@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -85,30 +86,32 @@ def speed(
 
 
 def _print_speed(rows: list[Any]) -> None:
-    table = Table(
-        "backend",
-        "context",
-        "prefill tok/s",
-        "decode tok/s",
-        "×",
-        "KV",
-        "recurrent",
-        "peak",
-        "workspace",
-    )
     first = {row.context: row.decode_tps for row in reversed(rows)}
+    _show(
+        rows,
+        {
+            "backend": lambda row: row.backend,
+            "context": lambda row: f"{row.context + row.prompt_tokens:,}",
+            "prefill tok/s": lambda row: f"{row.prefill_tps:,.0f}",
+            "decode tok/s": lambda row: f"{row.decode_tps:,.1f}",
+            "×": lambda row: f"{row.decode_tps / first[row.context]:.2f}",
+            "KV": lambda row: _megabytes(row.kv_bytes),
+            "recurrent": lambda row: _megabytes(row.recurrent_bytes),
+            "peak": lambda row: _megabytes(row.peak_bytes),
+            "workspace": lambda row: _megabytes(row.workspace_bytes),
+        },
+    )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _show(rows: Sequence[Any], columns: Mapping[str, Callable[[Any], str]]) -> None:
+    """Print a table: each column's title, and what it shows of a row."""
+    table = Table(*columns)
     for row in rows:
-        table.add_row(
-            row.backend,
-            f"{row.context + row.prompt_tokens:,}",
-            f"{row.prefill_tps:,.0f}",
-            f"{row.decode_tps:,.1f}",
-            f"{row.decode_tps / first[row.context]:.2f}",
-            *(
-                f"{n / 1e6:,.1f} MB"
-                for n in (row.kv_bytes, row.recurrent_bytes, row.peak_bytes, row.workspace_bytes)
-            ),
-        )
+        table.add_row(*(cell(row) for cell in columns.values()))
     console.print(table)
 
 
@@ -150,20 +153,20 @@ def quality(
             rows = step or rows
     except (ModelNotFoundError, ValueError, OSError) as error:
         fail(str(error), 2)
-    table = Table(
-        "codec", "bits/value", "perplexity", "change", "KL divergence", "top-1", "needles"
+    _show(
+        rows,
+        {
+            "codec": lambda row: row["codec"],
+            "bits/value": lambda row: f"{row['bits_per_value']:.3f}",
+            "perplexity": lambda row: f"{row['perplexity']:.4f}",
+            "change": lambda row: f"{row['perplexity_change']:+.2%}",
+            "KL divergence": lambda row: f"{row['kl_divergence']:.5f}",
+            "top-1": lambda row: f"{row['top1']:.3f}",
+            "needles": lambda row: ", ".join(
+                f"{n:,}: {hits}" for n, hits in row["needle_by_length"].items()
+            ),
+        },
     )
-    for row in rows:
-        table.add_row(
-            row["codec"],
-            f"{row['bits_per_value']:.3f}",
-            f"{row['perplexity']:.4f}",
-            f"{row['perplexity_change']:+.2%}",
-            f"{row['kl_divergence']:.5f}",
-            f"{row['top1']:.3f}",
-            ", ".join(f"{n:,}: {hits}" for n, hits in row["needle_by_length"].items()),
-        )
-    console.print(table)
     _write(output, as_json(rows, plan, {"model": model}))
     if plot:
         plots.quality(rows[1:], plot)
@@ -216,18 +219,16 @@ def distortion(
         rows = [measure(name, dim, vectors, seed) for name in track(names, "measuring")]
     except ValueError as error:
         fail(str(error), 2)
-    table = Table(
-        "codec", "bits/value", "squared error", "paper", "limit", "× limit", "<q, x> error"
+    _show(
+        rows,
+        {
+            "codec": lambda row: row["codec"],
+            "bits/value": lambda row: f"{row['bits_per_value']:.4f}",
+            "squared error": lambda row: f"{row['squared_error']:.5f}",
+            "paper": lambda row: f"{row['paper']:.4f}" if row["paper"] else "",
+            "limit": lambda row: f"{row['limit']:.5f}",
+            "× limit": lambda row: f"{row['squared_error'] / row['limit']:.2f}",
+            "<q, x> error": lambda row: f"{row['inner_product_error']:.5f} / d",
+        },
     )
-    for row in rows:
-        table.add_row(
-            row["codec"],
-            f"{row['bits_per_value']:.4f}",
-            f"{row['squared_error']:.5f}",
-            f"{row['paper']:.4f}" if row["paper"] else "",
-            f"{row['limit']:.5f}",
-            f"{row['squared_error'] / row['limit']:.2f}",
-            f"{row['inner_product_error']:.5f} / d",
-        )
-    console.print(table)
     _write(output, {"dim": dim, "vectors": vectors, "seed": seed, "rows": rows})
