@@ -71,7 +71,7 @@ def test_convolutions_of_other_kinds_are_left_alone():
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 3), (2, 40)])  # the last one is sorted
-def test_indexed_experts_equal_mlx_lms(shape, bias):
+def test_experts_of_single_tokens_equal_mlx_lms(shape, bias):
     layer = SwitchGLU(64, 128, 8, bias=bias)
     nn.quantize(layer, group_size=64, bits=4)
     x = mx.random.normal((*shape, 64))
@@ -79,6 +79,18 @@ def test_indexed_experts_equal_mlx_lms(shape, bias):
     want = layer(x, chosen)
     assert experts.install(layer) == 3
     assert mx.array_equal(layer(x, chosen), want)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_grouped_products_of_a_prompt_equal_the_quantized_ones(monkeypatch, bias):
+    monkeypatch.setattr(experts, "PIECE", 8 * 64 * 4 * 48)  # 48 of 128 outputs, and a rest
+    layer = SwitchGLU(64, 128, 8, bias=bias)
+    nn.quantize(layer, group_size=64, bits=4)
+    experts.install(layer)
+    x = mx.random.normal((50, 1, 64))
+    chosen = mx.sort(mx.random.randint(0, 8, (50,))).astype(mx.uint32)
+    want = layer.up_proj(x, chosen, sorted_indices=True)
+    assert mx.allclose(layer.up_proj.grouped(x, chosen), want, rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_single_tokens_equal_the_layers_own_step():

@@ -1,7 +1,9 @@
-"""Expert layers that say which of their inputs each expert reads.
+"""Quantized experts with fewer launches per token, and on CUDA prompts in grouped products.
 
-Left to itself, `mx.gather_qmm` makes that index anew for each of 120 calls a token, and on CUDA
-copies it too: two more launches beside the one that does the work.
+Left to itself, `mx.gather_qmm` makes the index of its inputs anew for each of 120 calls a token,
+and on CUDA copies it too: two more launches beside the one that does the work. For a prompt it
+reads an expert's weights again for every token there (23 ms for a block of 2,048 tokens of
+Qwen3.5-35B-A3B on an H200); decompressed, they serve all tokens of an expert at once (9 ms).
 """
 
 from __future__ import annotations
@@ -13,37 +15,63 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
+from tqstack.attention.kernels.program import backend
 
-class IndexedExperts(QuantizedSwitchLinear):
-    """`QuantizedSwitchLinear` with the index of its inputs remembered from call to call."""
+GROUPED_ROWS = 6144  # from here on decompressing the weights pays
+PIECE = 128 << 20  # bytes of weights that are decompressed at a time
+
+
+class Experts(QuantizedSwitchLinear):
+    """`QuantizedSwitchLinear`, faster. The inputs' index is remembered from call to call."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """(..., 1, inputs) and (..., k) experts -> (..., k, 1, outputs)"""
         if sorted_indices:  # a prompt: mlx-lm sorted the tokens by expert
+            if backend() == "cuda" and indices.size >= GROUPED_ROWS:
+                return self.grouped(x, indices)
             return super().__call__(x, indices, sorted_indices)
         y = mx.gather_qmm(
             x,
             self["weight"],
             self["scales"],
-            self.get("biases"),
+            self["biases"],
             lhs_indices=_inputs(x.shape[:-2], indices.shape),
             rhs_indices=indices,
             group_size=self.group_size,
             bits=self.bits,
-            mode=self.mode,
         )
         return y + self["bias"][indices][..., None, :] if "bias" in self else y
 
+    def grouped(self, x: mx.array, indices: mx.array) -> mx.array:
+        """(rows, 1, inputs) and (rows,) experts in ascending order -> (rows, 1, outputs)"""
+        packed = [self["weight"], self["scales"], self["biases"]]
+        experts, outputs = packed[0].shape[:2]
+        pieces = -(-experts * outputs * self.input_dims * x.itemsize // PIECE)
+        width = -(-outputs // pieces)
+        parts: list[mx.array] = []
+        for at in range(0, outputs, width):
+            weight = mx.dequantize(
+                *(part[:, at : at + width] for part in packed),
+                group_size=self.group_size,
+                bits=self.bits,
+            )
+            y = mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=True)
+            mx.async_eval(y)
+            mx.eval(parts[-1:])  # two pieces of weights exist at a time
+            parts.append(y)
+        y = mx.concatenate(parts, axis=-1)
+        return y + self["bias"][indices][:, None] if "bias" in self else y
+
 
 def install(model: nn.Module) -> int:
-    """Turn a model's quantized experts into `IndexedExperts`; returns how many layers."""
+    """Turn a model's quantized experts into `Experts`; returns how many layers."""
     found = [
         module
         for module in model.modules()
-        if type(module) is QuantizedSwitchLinear and module.global_scale is None
+        if type(module) is QuantizedSwitchLinear and module.mode == "affine"
     ]
     for module in found:
-        module.__class__ = IndexedExperts
+        module.__class__ = Experts
     return len(found)
 
 

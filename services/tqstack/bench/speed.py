@@ -1,6 +1,6 @@
 """How fast prompts are read and answers written, and what the caches hold meanwhile.
 
-Backends take turns within every trial, so that whatever else the machine does hits all of them;
+Backends and contexts take turns, so that whatever else the machine does hits all of them;
 medians over the trials are reported. On a shared machine only ratios within one run mean anything.
 """
 
@@ -72,8 +72,8 @@ def measure(
 ) -> Iterator[Row | None]:
     """Run everything; yields None after each single run (for a progress bar), then the rows."""
     runs: dict[tuple[str, Workload], list[dict[str, float]]] = {}
-    for workload in workloads:
-        for _ in range(trials):
+    for _ in range(trials):
+        for workload in workloads:
             for name, make_cache in make_caches.items():
                 result = run(model, make_cache, workload, tokens)
                 runs.setdefault((name, workload), []).append(result)
