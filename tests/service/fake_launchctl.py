@@ -2,7 +2,7 @@
 """A launchctl for tests: keeps what is loaded in a file, and records every call.
 
 FAKE_LAUNCHD names its folder. `busy` there holds how often bootstrap still answers 5 after a
-bootout, as the real one does for some seconds.
+bootout, as the real one does for some seconds. `ended` there: what is loaded has ended by itself.
 """
 
 import json
@@ -43,7 +43,8 @@ if verb == "bootout":
 if verb == "print":
     if name not in loaded:
         end(113, f'Could not find service "{name}" in domain for user gui')
-    end(0, f"{arguments[-1]} = {{\n\tstate = running\n\tpid = 4711\n\tlast exit code = 0\n}}")
+    how = "not running" if (folder / "ended").exists() else "running\n\tpid = 4711"
+    end(0, f"{arguments[-1]} = {{\n\tstate = {how}\n\tlast exit code = 0\n}}")
 if verb == "kickstart" and name not in loaded:
     end(113, "Could not find service")
 end(0)

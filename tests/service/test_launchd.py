@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from processes import tqstack
 from tqstack.service.definition import Place, ServiceError
 from tqstack.service.launchd import PAUSE_SECONDS, TEMPLATES, Launchd, label, render
+from tqstack.settings import EXIT_CONFIG
 
 GUI = f"gui/{os.getuid()}"
 ROUTER = f"{GUI}/com.tqstack-router"
@@ -58,6 +60,7 @@ def test_every_key_of_a_property_list_is_as_promised(name, place):
             "PATH": "/opt/py & co/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
             "TQSTACK_CONFIG": str(place.config),
             "TQSTACK_LOG_DIR": logs,
+            "STARTED_BY_LAUNCHD": "1",
         },
         "WorkingDirectory": str(place.home),
         "RunAtLoad": True,
@@ -141,3 +144,21 @@ def test_uninstall_leaves_nothing_and_may_be_repeated(folder, place):
     assert (folder / "loaded").read_text() == ""
     with pytest.raises(ServiceError, match="tqstack service install"):
         launchd.start("sidecar")
+
+
+def test_a_service_that_has_ended_by_itself_is_not_called_stopped(place, folder):
+    launchd = Launchd(place, pause=lambda seconds: None)
+    launchd.install("sidecar")
+    (folder / "ended").touch()
+    assert launchd.status("sidecar").pid is None
+    assert "service logs says why" in launchd.status("sidecar").detail
+    launchd.stop("sidecar")
+    assert launchd.status("sidecar").detail == "stopped"
+
+
+@pytest.mark.parametrize("name", ["router", "sidecar"])
+def test_a_wrong_setting_ends_a_service_of_launchd_for_good(name, tmp_path):
+    wrong = {"TQ_KV_BITS": "nine"}
+    result = tqstack(tmp_path, name, STARTED_BY_LAUNCHD="1", **wrong)
+    assert result.returncode == 0 and "TQ_KV_BITS='nine'" in result.stderr
+    assert tqstack(tmp_path, name, **wrong).returncode == EXIT_CONFIG

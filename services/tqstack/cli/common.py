@@ -24,7 +24,9 @@ errors = Console(stderr=True)
 
 def fail(message: str, code: int = EXIT_CONFIG) -> NoReturn:
     errors.print(f"[bold red]tqstack:[/] {message}", soft_wrap=True, highlight=False)
-    raise SystemExit(code)
+    # launchd starts again all that did not succeed; systemd is told which exit code is hopeless.
+    hopeless = code == EXIT_CONFIG and "STARTED_BY_LAUNCHD" in os.environ
+    raise SystemExit(0 if hopeless else code)
 
 
 def settings() -> Settings:

@@ -110,8 +110,10 @@ class Launchd:
         facts = dict(re.findall(r"^\t(state|pid|last exit code) = (.+)$", result.stdout, re.M))
         pid, state = facts.get("pid"), facts.get("state", "unknown")
         exit_code = facts.get("last exit code", "")
-        ended = exit_code not in ("", "0", "(never exited)")
-        detail = f"{state}; last exit code {exit_code}" if ended else state
+        failed = exit_code not in ("", "0", "(never exited)")
+        detail = f"{state}; last exit code {exit_code}" if failed else state
+        if exit_code == "0" and not pid:  # one that was stopped is not loaded
+            detail = "has ended; tqstack service logs says why"
         return Status(name, installed, int(pid) if pid else None, detail)
 
     def uninstall(self, name: Name) -> None:
