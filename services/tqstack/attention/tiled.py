@@ -17,7 +17,7 @@ KEY_TILE = 1024
 QUERY_TILE = 512
 # Bytes of scores and decompressed tiles that are computed while as many again are queued. Left to
 # itself, MLX holds the scores of all tiles at once, on CUDA those of whole layers.
-IN_FLIGHT = 32 << 20
+IN_FLIGHT = 8 << 20
 _FLOOR = -1e30  # below every score, and finite: exp(-inf - _FLOOR) is 0, never NaN
 
 
