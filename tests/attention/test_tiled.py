@@ -132,3 +132,9 @@ def test_peak_memory_of_a_prefill_step_does_not_grow_with_the_context(monkeypatc
     short, long = workspace(2_000), workspace(16_000)
     assert long < 1.5 * short
     assert long < 8 * 128 * 16_000 * 4 / 2  # half of one float32 score matrix
+
+
+def test_the_query_tile_follows_the_size_of_the_chip():
+    m4, m4_max, m2_ultra = "applegpu_g16g", "applegpu_g16s", "applegpu_g14d"
+    assert tiled.query_tile(m4) < tiled.query_tile(m4_max) < tiled.query_tile(m2_ultra)
+    assert tiled.query_tile("x86_64") == tiled.query_tile("sm_90") == tiled.query_tile("") == 512

@@ -14,7 +14,15 @@ from tqstack.turboquant.codec import Codec
 
 # Scores of one step: KEY_TILE keys against QUERY_TILE tokens of every head.
 KEY_TILE = 1024
-QUERY_TILE = 512
+
+
+def query_tile(architecture: str) -> int:
+    """QUERY_TILE for a GPU: the last letter of an Apple GPU's architecture tells its size, as it
+    does MLX's own kernels (p phone, g base and Pro, s Max, d Ultra)."""
+    return {"p": 128, "g": 256, "d": 1024}.get(architecture[-1:], 512)
+
+
+QUERY_TILE = query_tile(str(mx.device_info().get("architecture", "")))
 # Bytes of scores and decompressed tiles that are computed while as many again are queued. Left to
 # itself, MLX holds the scores of all tiles at once, on CUDA those of whole layers.
 IN_FLIGHT = 8 << 20
