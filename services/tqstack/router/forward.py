@@ -30,7 +30,7 @@ from tqstack.router.failure import Failure
 from tqstack.router.journal import Journal, Record
 from tqstack.router.metrics import Metrics
 from tqstack.router.needs import is_background, needs_of
-from tqstack.router.policy import Ask, Decision, Name, decide, split_model, threshold_for
+from tqstack.router.policy import Ask, Decision, Name, View, decide, split_model, threshold_for
 from tqstack.router.relay import Relay
 from tqstack.router.rewrite import with_model
 from tqstack.router.upstream import Upstream
@@ -86,14 +86,15 @@ class Forward:
         endpoint = self._endpoint
         client = Client(receive, send, endpoint.dialect)
         record = self._services.journal.begin(endpoint.path)
-        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()  # a system call, before Python 3.12: made once
+        task = asyncio.current_task(loop)
         assert task
         watcher: asyncio.Task[None] | None = None
         try:
             limit = self._services.settings.router_body_limit_mb << 20
             body = await read_body(receive, limit)
             # Without a watcher a client that goes away is noticed at the next send only.
-            watcher = asyncio.create_task(client.watch(task))
+            watcher = loop.create_task(client.watch(task))
             for name, value in scope["headers"]:
                 if name == b"content-encoding":
                     body = decode(body, value.decode("latin-1"), limit)
@@ -194,14 +195,15 @@ class Exchange:
             await asyncio.gather(*(backend.check() for backend in backends))
         sidecar = services.backends["sidecar"]
         threshold = threshold_for(services.settings.prompt_token_threshold, sidecar.architecture)
-        ask = self._ask()
+        views: dict[Name, View] = {backend.name: backend.view() for backend in backends}
+        ask = self._ask(views)
         if sidecar.enabled and abs(ask.tokens["sidecar"] / threshold - 1) < NEAR:
             tokens = await services.counter.count(self._chat)
             if tokens is not None:
                 ask = replace(ask, tokens={**ask.tokens, "sidecar": tokens})
         record.estimate = ask.tokens["sidecar"]
         try:
-            decision = decide(ask, {b.name: b.view() for b in backends}, threshold)
+            decision = decide(ask, views, threshold)
         except ApiError as error:
             if error.status != 503:
                 raise
@@ -211,12 +213,11 @@ class Exchange:
         record.decision, record.estimate = decision, decision.tokens
         return decision
 
-    def _ask(self) -> Ask:
-        services, name = self._services, split_model(self._record.model)[1]
-        tokens: dict[Name, int] = {}
-        for backend in services.backends.values():
-            model = backend.view().name_for(name)
-            tokens[backend.name] = services.estimator.tokens(model, self._size)
+    def _ask(self, views: Mapping[Name, View]) -> Ask:
+        name, estimate = split_model(self._record.model)[1], self._services.estimator.tokens
+        tokens: dict[Name, int] = {
+            backend: estimate(view.name_for(name), self._size) for backend, view in views.items()
+        }
         needs = needs_of(self._chat, self._size.images) | self._endpoint.needs
         background = is_background(self._chat)
         return Ask(self._record.model, tokens, self._slack, needs, background)

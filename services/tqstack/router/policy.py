@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 from tqstack.openai_api.errors import ApiError, bad_request
@@ -101,6 +102,7 @@ class Decision:
     no_next: str = ""
 
 
+@lru_cache(maxsize=256)
 def split_model(model: str) -> tuple[Name | None, str]:
     """The backend that a prefix forces, and the name without the prefix."""
     for prefix, backend in PREFIXES.items():

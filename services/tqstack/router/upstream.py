@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -42,32 +43,35 @@ class UpstreamError(Exception):
 
 
 class _Target(NamedTuple):
-    """Where a URL leads, and the head of a request to it."""
+    """Where a URL leads, and the head of a request to it but for the body's length."""
 
     origin: tuple[str, int, bool]  # host, port, TLS
     head: bytes
 
 
 @lru_cache(64)
-def _target(method: str, url: str) -> _Target:
+def _target(method: str, url: str, headers: tuple[tuple[str, str], ...]) -> _Target:
     parts = urlsplit(url)
     tls = parts.scheme == "https"
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     head = f"{method} {path} HTTP/1.1\r\nhost: {parts.netloc.rpartition('@')[2]}\r\n"
-    return _Target((parts.hostname or "", parts.port or (443 if tls else 80), tls), head.encode())
+    head += "".join(f"{name}: {value}\r\n" for name, value in headers)
+    origin = parts.hostname or "", parts.port or (443 if tls else 80), tls
+    return _Target(origin, head.encode("latin-1"))
 
 
 class _Connection(asyncio.Protocol):
     """One HTTP/1.1 connection, with one request at a time."""
 
-    def __init__(self, origin: tuple[str, int, bool]):
-        self.origin = origin
+    def __init__(self, loop: asyncio.AbstractEventLoop):
         self.idle_since = 0.0
         self.reused = False
+        self._loop = loop  # asking for the running one is a system call, before Python 3.12
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport
         self._waiter: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle
+        self._timer: asyncio.TimerHandle | None = None
+        self._limit = self._deadline = 0.0  # of the wait
         self._hopeless: Hopeless | None = None
         self._error: UpstreamError | None = None
         self._closed = False
@@ -121,26 +125,36 @@ class _Connection(asyncio.Protocol):
     async def _wait(self, limit: float) -> None:
         if self._error:
             raise self._error
-        loop = asyncio.get_running_loop()
-        self._waiter = loop.create_future()
-        self._watch(loop, loop.time() + limit, limit)  # a quarter of asyncio.timeout's cost
+        self._waiter = self._loop.create_future()
+        self._limit, self._deadline = limit, self._loop.time() + limit
+        self._look_later()
         try:
             await self._waiter
         finally:
-            self._timer.cancel()
             self._waiter = None
 
-    def _watch(self, loop: asyncio.AbstractEventLoop, deadline: float, limit: float) -> None:
-        then = min(deadline, loop.time() + _LOOK_SECONDS) if self._hopeless else deadline
-        self._timer = loop.call_at(then, self._look, loop, deadline, limit)
+    def _look_later(self) -> None:
+        """At the wait's end at the latest. A timer that was set for the wait before will do, if it
+        comes early enough: setting one costs as much as the rest of a wait."""
+        then = self._deadline
+        if self._hopeless:
+            then = min(then, self._loop.time() + _LOOK_SECONDS)
+        if self._timer:
+            if self._timer.when() <= then:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(then, self._look)
 
-    def _look(self, loop: asyncio.AbstractEventLoop, deadline: float, limit: float) -> None:
+    def _look(self) -> None:
+        self._timer = None
+        if not self._waiter or self._waiter.done():
+            return
         if reason := self._hopeless and self._hopeless():
             self._fail("hung", reason)
-        elif loop.time() >= deadline - 0.002:  # a loop's clock counts milliseconds
-            self._fail("timeout", f"nothing came for {limit:g} s")
+        elif self._loop.time() >= self._deadline - 0.002:  # a loop's clock counts milliseconds
+            self._fail("timeout", f"nothing came for {self._limit:g} s")
         else:
-            return self._watch(loop, deadline, limit)
+            return self._look_later()
         self._wake()
 
     def _wake(self) -> None:
@@ -151,6 +165,12 @@ class _Connection(asyncio.Protocol):
         """Closes at once; what was not sent yet is dropped."""
         self._closed = True
         self._transport.abort()
+        self._stop_looking()
+
+    def _stop_looking(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
 
     @property
     def reusable(self) -> bool:
@@ -183,6 +203,7 @@ class _Connection(asyncio.Protocol):
         elif not self.done and not self._error:
             reason = f" ({exc})" if exc else ""
             self._error = UpstreamError("cut", f"the connection was closed too early{reason}")
+        self._stop_looking()
         self._wake()
 
     def _fail(self, kind: str, message: str) -> None:
@@ -253,7 +274,7 @@ class Answer:
         """Gives the connection back if the answer is complete, else closes it at once."""
         connection = self._connection
         if connection.reusable:
-            connection.idle_since = asyncio.get_running_loop().time()
+            connection.idle_since = time.monotonic()
             self._pool.append(connection)
         else:
             connection.abort()
@@ -283,10 +304,9 @@ class Upstream:
         Raises:
             UpstreamError: nobody listens, or the connection ended before an answer.
         """
-        origin, head = _target(method, url)
+        origin, head = _target(method, url, tuple(headers.items()))
         pool = self._pools.setdefault(origin, [])
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        data = b"%s%scontent-length: %d\r\n\r\n" % (head, lines.encode("latin-1"), len(body))
+        data = b"%scontent-length: %d\r\n\r\n" % (head, len(body))
         while True:
             connection = self._take(pool) or await self._connect(origin)
             try:
@@ -304,7 +324,7 @@ class Upstream:
                 raise
 
     def _take(self, pool: list[_Connection]) -> _Connection | None:
-        oldest = asyncio.get_running_loop().time() - IDLE_SECONDS
+        oldest = time.monotonic() - IDLE_SECONDS
         while pool and pool[0].idle_since < oldest:  # the last one back is the first one out
             pool.pop(0).abort()
         while pool:
@@ -318,10 +338,11 @@ class Upstream:
         host, port, tls = origin
         if tls and self._tls is None:
             self._tls = ssl.create_default_context()
+        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_seconds):
-                _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: _Connection(origin), host, port, ssl=self._tls if tls else None
+                _, connection = await loop.create_connection(
+                    lambda: _Connection(loop), host, port, ssl=self._tls if tls else None
                 )
         except TimeoutError:
             raise UpstreamError("refused", f"no connection to {host}:{port} in time") from None
