@@ -113,7 +113,9 @@ def test_an_unknown_mask_name_is_an_error():
         cache.attend(mx.ones((1, 1, 1, 64)), 1.0, "sliding")
 
 
-def test_peak_memory_of_a_prefill_step_does_not_grow_with_the_context(monkeypatch):
+@pytest.mark.parametrize("device", [None, "cuda"])  # where MLX queues deeply, it has to wait
+def test_peak_memory_of_a_prefill_step_does_not_grow_with_the_context(monkeypatch, device):
+    monkeypatch.setattr(tiled, "backend", lambda: device)
     monkeypatch.setattr(tiled, "KEY_TILE", 256)
     monkeypatch.setattr(tiled, "QUERY_TILE", 128)
     monkeypatch.setattr(tiled, "IN_FLIGHT", 1 << 20)
@@ -138,3 +140,14 @@ def test_the_query_tile_follows_the_size_of_the_chip():
     m4, m4_max, m2_ultra = "applegpu_g16g", "applegpu_g16s", "applegpu_g14d"
     assert tiled.query_tile(m4) < tiled.query_tile(m4_max) < tiled.query_tile(m2_ultra)
     assert tiled.query_tile("x86_64") == tiled.query_tile("sm_90") == tiled.query_tile("") == 512
+
+
+def test_waiting_for_tiles_changes_nothing(monkeypatch):
+    monkeypatch.setattr(tiled, "KEY_TILE", 16)
+    monkeypatch.setattr(tiled, "QUERY_TILE", 8)
+    cache = filled(np.random.default_rng(0), 2, 2, 100, 64)
+    queries = mx.random.normal((2, 4, 30, 64))
+    want = cache.attend(queries, 0.125, "causal")
+    monkeypatch.setattr(tiled, "backend", lambda: "cuda")
+    monkeypatch.setattr(tiled, "IN_FLIGHT", 0)
+    assert mx.array_equal(cache.attend(queries, 0.125, "causal"), want)

@@ -5,8 +5,8 @@ longer than the GPU needs for them. `mx.compile` traces them once and fuses what
 stays outside: its cache changes shape. The layers' own code is what is traced, so there is nothing
 here that could differ from it.
 
-A prompt's operations are large, and MLX holds the results of all that it has queued: a recurrent
-layer therefore waits until it is done.
+A prompt's operations are large, and on CUDA MLX queues a thousand of them and holds what they all
+return: there a recurrent layer waits until it is done.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
+
+from tqstack.attention.kernels.program import backend
 
 PROMPT = 256  # tokens from which on waiting costs nothing that could be seen
 
@@ -57,7 +59,7 @@ def _recurrence(base: type[nn.Module]) -> type[nn.Module]:
             ready = type(cache) is ArraysCache and not cache.empty()
             if x.shape[1] != 1 or mask is not None or not ready:
                 y = super().__call__(x, mask, cache)
-                if x.shape[1] >= PROMPT and cache is not None:
+                if x.shape[1] >= PROMPT and cache is not None and backend() == "cuda":
                     mx.eval(y, cache.cache)
                 return y
             if not hasattr(self, "_single_token"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from tqstack.attention.kernels.program import backend
 from tqstack.turboquant.codec import Codec
 
 # Scores of one step: KEY_TILE keys against QUERY_TILE tokens of every head.
@@ -23,9 +24,8 @@ def query_tile(architecture: str) -> int:
 
 
 QUERY_TILE = query_tile(str(mx.device_info().get("architecture", "")))
-# Bytes of scores and decompressed tiles that are computed while as many again are queued. Left to
-# itself, MLX holds the scores of all tiles at once, on CUDA those of whole layers.
-IN_FLIGHT = 8 << 20
+# Bytes of scores and tiles that CUDA computes while as many again are queued.
+IN_FLIGHT = 32 << 20
 _FLOOR = -1e30  # below every score, and finite: exp(-inf - _FLOOR) is 0, never NaN
 
 
@@ -70,11 +70,14 @@ def tiled_attention(
     ]
     shared_padding = min(padding) if padding else 0
     started: list[mx.array] = []
-    queued = 0
+    queued, waits = 0, backend() == "cuda"
     for start in range(shared_padding, length, KEY_TILE):
         stop = min(start + KEY_TILE, length)
         visible = [b for b in blocks if not causal or first + b.stop > start]
         tiles = [p[:, :, start:stop] for p in (*keys, *values)]
+        # One tile after the other. Left to itself, MLX runs one chain of a block to its end and
+        # keeps the scores of all tiles for the other.
+        tiles = mx.depends(tiles, [x for block in visible for x in (block.acc, block.l)])
         k = key_codec.decode(tuple(tiles[: len(keys)]))
         v = value_codec.decode(tuple(tiles[len(keys) :]))
         hidden = _padding_mask(padding, start, stop)
@@ -92,7 +95,10 @@ def tiled_attention(
                 else:
                     bias = tile.astype(mx.float32)
             queued += block.fold(k, v, seen, bias) + k.nbytes + v.nbytes
-            if queued > IN_FLIGHT:
+            # On CUDA order is not enough: MLX queues ten batches of a hundred operations there, and
+            # holds what they return. Elsewhere nothing is computed here that may not be needed: the
+            # last layer's attention, for all tokens of a prompt but the last.
+            if waits and queued > IN_FLIGHT:
                 waiting, queued = started, 0
                 started = [x for b in blocks for x in (b.acc, b.m, b.l)]
                 mx.async_eval(started)
