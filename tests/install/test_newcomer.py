@@ -86,5 +86,5 @@ def test_every_command_of_the_readme_works(newcomer):
     outputs = {one: run(newcomer, one) for one in commands if one != ALL_TESTS}
     told = "".join(outputs.values())
     assert outputs[".venv/bin/tqstack service status"].count("running") == 2
-    for words in ("sidecar", "prompt 4 tokens", "It fits"):
+    for words in ("sidecar", "48213\n", "The same 6 tokens", "It fits"):
         assert words in told
