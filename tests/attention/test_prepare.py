@@ -93,6 +93,27 @@ def test_grouped_products_of_a_prompt_equal_the_quantized_ones(monkeypatch, bias
     assert mx.allclose(layer.up_proj.grouped(x, chosen), want, rtol=1e-4, atol=1e-5)
 
 
+def test_on_cuda_long_prompts_take_the_grouped_products_and_wait_for_each_layer(monkeypatch):
+    model = build()
+    model.set_dtype(mx.float32)
+    want = logits(model)
+    grouped: list[int] = []
+    product = experts.Experts.grouped
+    monkeypatch.setattr(
+        experts.Experts,
+        "grouped",
+        lambda self, x, indices: grouped.append(indices.size) or product(self, x, indices),
+    )
+    for module in (experts, steps):
+        monkeypatch.setattr(module, "backend", lambda: "cuda")
+    monkeypatch.setattr(experts, "GROUPED_ROWS", 64)
+    monkeypatch.setattr(steps, "PROMPT", 2)
+    experts.install(model)
+    steps.install(model)
+    assert difference(logits(model), want) < 1e-4
+    assert grouped == [80] * 12  # 2 prompts of 5 tokens, 8 experts each; 3 matrices in 4 layers
+
+
 def test_compiled_single_tokens_equal_the_layers_own_step():
     model = build()
     want, names = logits(model), [name for name, _ in tree_flatten(model.parameters())]
