@@ -37,7 +37,7 @@ def test_every_command_that_a_page_names_exists_with_its_options(page):
 
 
 def test_commands_are_found_in_the_pages():
-    assert "bench router" in named(ROOT / "README.md")
+    assert any(one.startswith("bench router") for one in named(ROOT / "README.md"))
     assert sum(len(named(page)) for page in PAGES) > 20
 
 
