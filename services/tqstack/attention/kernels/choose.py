@@ -6,22 +6,19 @@ does not compile, or disagrees, is switched off with a warning, and `tqstack doc
 
 from __future__ import annotations
 
-import logging
 from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 
 from tqstack.attention.kernels import decode, encode, trellis_search
-from tqstack.attention.kernels.program import backend
+from tqstack.attention.kernels.program import backend, fault
 from tqstack.attention.tiled import tiled_attention
 from tqstack.turboquant.codec import Codec
 from tqstack.turboquant.trellis import TrellisCodec
 
 TOLERANCE = 1e-3  # relative error of an output against the twin
 Planes = tuple[mx.array, ...]
-
-log = logging.getLogger(__name__)
 
 
 def encode_pair(
@@ -78,19 +75,8 @@ def report(key_codec: Codec, value_codec: Codec) -> dict[str, str | None]:
 def disagreement(kernel: str, key_codec: Codec, value_codec: Codec) -> str | None:
     """Why the kernel must not be used for these codecs, or None. Needs a GPU."""
     check = {"encode": _encode_error, "search": _search_error, "decode": _decode_error}[kernel]
-    try:
-        error = check(key_codec, value_codec)
-    except Exception as failure:  # whatever the compiler says
-        reason = f"does not run: {failure}"
-    else:
-        if abs(error) <= TOLERANCE:  # not NaN either
-            return None
-        reason = f"is wrong by {error:.1e}, allowed {TOLERANCE:.0e}"
-    log.warning(
-        "the %s kernel for keys %s and values %s %s; plain operations are used instead",
-        *(kernel, key_codec.spec, value_codec.spec, reason),
-    )
-    return reason
+    name = f"{kernel} kernel for keys {key_codec.spec} and values {value_codec.spec}"
+    return fault(name, lambda: check(key_codec, value_codec), TOLERANCE)
 
 
 def _random(*shape: int, seed: int) -> mx.array:

@@ -7,7 +7,8 @@ that calls it. Programs compile lazily, because `mx.fast.cuda_kernel` raises wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,11 +27,29 @@ PRELUDES = {
 }
 
 
+log = logging.getLogger(__name__)
+
+
 def backend() -> str | None:
     """The dialect of the default device: "cuda", "metal", or None on a CPU."""
     if mx.default_device().type != mx.DeviceType.gpu:
         return None
     return "metal" if mx.metal.is_available() else "cuda"
+
+
+def fault(kernel: str, error: Callable[[], float], tolerance: float) -> str | None:
+    """Why a kernel must not be used, or None: it does not run, or is farther from its twin, plain
+    operations, than the tolerance. Warns."""
+    try:
+        found = error()
+    except Exception as failure:  # whatever the compiler says
+        reason = f"does not run: {failure}"
+    else:
+        if abs(found) <= tolerance:  # not NaN either
+            return None
+        reason = f"is wrong by {found:.1e}, allowed {tolerance:.0e}"
+    log.warning("the %s %s; plain operations are used instead", kernel, reason)
+    return reason
 
 
 @dataclass(frozen=True)
