@@ -6,11 +6,10 @@ import queue
 from dataclasses import replace
 
 import pytest
-from mlx_lm.sample_utils import greedy_sampler
 
+from sidecar.jobs import answer, submit
 from tqstack.settings import Settings
 from tqstack.sidecar.engine import Engine
-from tqstack.sidecar.jobs import Failed, Job, Token
 from tqstack.sidecar.runtime import load_runtime
 
 
@@ -25,25 +24,6 @@ def engine(runtime):
     engine.start()
     yield engine
     engine.close()
-
-
-def submit(engine, tokens, max_tokens=8):
-    events = queue.SimpleQueue()
-    job = Job([list(tokens)], max_tokens, greedy_sampler, [], events.put)
-    engine.submit(job)
-    return job, events
-
-
-def answer(events):
-    tokens = []
-    while True:
-        event = events.get(timeout=60)
-        if isinstance(event, Failed):
-            return event.error
-        if isinstance(event, Token):
-            tokens.append(event.id)
-            if event.finish_reason:
-                return tokens
 
 
 def test_the_plan_is_what_the_cache_holds(runtime):

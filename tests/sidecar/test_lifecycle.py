@@ -17,13 +17,12 @@ import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx_lm.sample_utils import greedy_sampler
 
 from processes import clean_environment, free_port, get, running, wait_for, wait_until
+from sidecar.jobs import answer, submit
 from tqstack.openai_api.errors import ApiError
 from tqstack.settings import Settings
 from tqstack.sidecar.engine import Engine
-from tqstack.sidecar.jobs import Failed, Job, Token
 from tqstack.sidecar.lifecycle import USEFUL_TOKENS, Loader, must_free
 from tqstack.sidecar.memory import MemoryPlan
 
@@ -42,17 +41,8 @@ def test_ollama_is_asked_exactly_if_both_do_not_fit(budget, weights, held):
 
 
 def ask(engine, tokens=range(40, 60)):
-    events = queue.SimpleQueue()
-    engine.submit(Job([list(tokens)], 6, greedy_sampler, [], events.put))
-    found = []
-    while True:
-        event = events.get(timeout=120)
-        if isinstance(event, Failed):
-            return event.error
-        if isinstance(event, Token):
-            found.append(event.id)
-            if event.finish_reason:
-                return found
+    _, events = submit(engine, tokens, max_tokens=6)
+    return answer(events, seconds=120)
 
 
 def state(engine):
