@@ -17,7 +17,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from tqstack.attention.kernels.program import backend
 
-GROUPED_ROWS = 6144  # from here on decompressing the weights pays
+GROUPED_ROWS = 8192  # from here on decompressing the weights pays
 PIECE = 128 << 20  # bytes of weights that are decompressed at a time
 
 

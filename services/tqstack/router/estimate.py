@@ -168,8 +168,8 @@ class Weights:
     def learn(self, size: Size, true_tokens: int) -> None:
         """Takes in a true count.
 
-        Counts that cannot be of this prompt (Ollama leaves out what was cached, and cuts what is
-        too long) and prompts with images teach nothing.
+        Counts that cannot be of this prompt (a backend that leaves out what was cached, or cut what
+        is too long) and prompts with images teach nothing.
         """
         guess = self.tokens(size)
         wrong = abs(guess / true_tokens - 1)
