@@ -20,6 +20,7 @@ def test_defaults_are_the_documented_ones():
         "http://127.0.0.1:8001",
     )
     assert (settings.tq_kv_bits, settings.prompt_token_threshold) == ("4", "auto")
+    assert (settings.tq_kv_code, settings.tq_exact_tokens) == ("auto", 128)
 
 
 def test_the_environment_wins_over_the_file(tmp_path, monkeypatch):
@@ -35,6 +36,12 @@ def test_the_environment_wins_over_the_file(tmp_path, monkeypatch):
     "name, value, allowed",
     [
         ("TQ_KV_BITS", "9", "1 to 8"),
+        ("TQ_KV_BITS", "8.5", "1 to 8"),
+        ("TQ_KV_CODE", "huffman", "'auto', 'lloyd' or 'trellis'"),
+        ("TQ_EXACT_TOKENS", "100", "multiples of 128, from 0 to 1024"),
+        ("TQ_EXACT_TOKENS", "-128", "multiples of 128, from 0 to 1024"),
+        ("TQ_EXACT_TOKENS", "1152", "multiples of 128, from 0 to 1024"),
+        ("TQ_EXACT_TOKENS", "all", "integer"),
         ("ROUTER_PORT", "99999", "65535"),
         ("ROUTER_PORT", "http", "integer"),
         ("SIDECAR_ENABLED", "maybe", "auto"),
@@ -52,6 +59,12 @@ def test_an_impossible_value_names_the_variable_the_value_and_what_is_allowed(
         load_settings()
     for part in (name, value, allowed):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("tokens", [0, 128, 1024])
+def test_whole_blocks_of_tokens_can_stay_exact(monkeypatch, tokens):
+    monkeypatch.setenv("TQ_EXACT_TOKENS", str(tokens))
+    assert load_settings().tq_exact_tokens == tokens
 
 
 @pytest.mark.parametrize("where", ["file", "environment"])

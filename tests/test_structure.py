@@ -14,11 +14,12 @@ import tqstack
 ROOT = Path(tqstack.__file__).parent
 # What each package may import of the others.
 ALLOWED = {
+    "kv_bits": set(),
     "machine": set(),
-    "settings": {"machine"},
+    "settings": {"kv_bits", "machine"},
     "openai_api": set(),
     "demo_model": set(),
-    "turboquant": set(),
+    "turboquant": {"kv_bits"},
     "attention": {"turboquant"},
     "sidecar": {"attention", "demo_model", "machine", "openai_api", "settings", "turboquant"},
     "router": {"openai_api", "settings"},

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from tqstack.kv_bits import parse_widths
 from tqstack.machine import DEFAULT_MAC_MODEL, SMALL_MEMORY, accelerator, machine_memory
 
 DEFAULT_CONFIG = "~/ai/turboquant/config.env"
@@ -108,8 +109,10 @@ class Settings(BaseSettings):
         "", description="folder for router.log and sidecar.log, rotated; empty: log to the terminal"
     )
     tq_kv_bits: str = Field("4", description="bits per cached value: 1-8, 3.5, k4v3, ...")
-    tq_kv_code: Literal["lloyd", "trellis"] = Field(
-        "lloyd", description="scalar code of the paper, or the closer and slower trellis"
+    tq_kv_code: Literal["auto", "lloyd", "trellis"] = Field(
+        "auto",
+        description="lloyd, the paper's scalar code, or the closer and slower trellis; "
+        "auto: trellis where encoding it costs less than 3 % of the time here, else lloyd",
     )
     tq_kv_group_size: Literal["auto"] | Annotated[int, Field(ge=8, le=512)] = Field(
         "auto", description="values that share a scale; auto: all (turboquant), 64 (affine)"
@@ -119,6 +122,11 @@ class Settings(BaseSettings):
     tq_boundary_layers: Annotated[int, Field(ge=0)] = Field(
         0, description="softmax layers kept in 16 bits at either end"
     )
+    tq_exact_tokens: int = Field(
+        128,
+        description="newest tokens beside a query's own block of 128 that stay exact, "
+        "a multiple of 128; 0: every token is coded at once, as the paper does",
+    )
     tq_cache_version: Literal["turboquant", "affine", "native", "none"] = Field(
         "turboquant", description="which code the cache uses"
     )
@@ -126,10 +134,15 @@ class Settings(BaseSettings):
     @field_validator("tq_kv_bits")
     @classmethod
     def _bits_are_known(cls, value: str) -> str:
-        number = r"[1-8](\.\d+)?"
-        if not re.fullmatch(rf"{number}|k{number}v{number}", value.lower()):
-            raise ValueError("allowed: 1 to 8, a fraction such as 3.5, or a pair such as k4v3")
-        return value.lower()
+        parse_widths(value)
+        return value.strip().lower()
+
+    @field_validator("tq_exact_tokens")
+    @classmethod
+    def _exact_tokens_are_whole_blocks(cls, value: int) -> int:
+        if value not in range(0, 1025, 128):
+            raise ValueError("allowed: multiples of 128, from 0 to 1024")
+        return value
 
     @field_validator("ollama_base_url")
     @classmethod

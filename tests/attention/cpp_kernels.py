@@ -7,11 +7,12 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from tqstack.attention.kernels.program import Program
 
@@ -70,6 +71,21 @@ def run(program: Program, inputs, *, template, blocks, threads, outputs, metal_l
     pointers = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
     launch((ctypes.c_int * 3)(*blocks), threads, pointers)
     return [mx.array(a) for a in arrays[len(inputs) :]]
+
+
+@pytest.fixture(autouse=True)
+def in_cpp(request, monkeypatch):
+    """Programs run in C++, with the matrix fragments of CUDA, or of Metal where a test asks."""
+    layout = partial(run, metal_layout=getattr(request, "param", "") == "metal layout")
+    monkeypatch.setattr(
+        Program, "__call__", lambda self, inputs, **how: layout(self, inputs, **how)
+    )
+    mx.disable_compile()  # the C++ programs want real arrays, not traces
+    yield
+    mx.enable_compile()
+
+
+both_layouts = pytest.mark.parametrize("in_cpp", ["cuda layout", "metal layout"], indirect=True)
 
 
 @cache

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 
 import mlx.core as mx
 import pytest
 from mlx_lm.models import gated_delta as reference
 
 from attention import cpp_kernels
+from attention.cpp_kernels import in_cpp  # noqa: F401
 from tqstack.attention import gated_delta as gd
-from tqstack.attention.kernels import choose, decode, encode, recurrence
-from tqstack.attention.kernels.program import FOLDER, Program
+from tqstack.attention.blocks import BlockLayout, Stored
+from tqstack.attention.kernels import choose, decode, encode, recurrence, trust
+from tqstack.attention.kernels.encoding import encode_pair
+from tqstack.attention.kernels.program import FOLDER
 from tqstack.attention.tiled import tiled_attention
 from tqstack.turboquant.codec import make_codec
 from tqstack.turboquant.packing import unpack
@@ -22,137 +24,12 @@ pytestmark = pytest.mark.skipif(not cpp_kernels.COMPILER, reason="the C++ dialec
 TOLERANCE = 5e-4  # half of what is promised of the GPU, where products round the same way
 
 
-@pytest.fixture(autouse=True)
-def in_cpp(request, monkeypatch):
-    """Programs run in C++, with the matrix fragments of CUDA, or of Metal where a test asks."""
-    run = partial(cpp_kernels.run, metal_layout=getattr(request, "param", "") == "metal layout")
-    monkeypatch.setattr(Program, "__call__", lambda self, inputs, **how: run(self, inputs, **how))
-    mx.disable_compile()  # the C++ programs want real arrays, not traces
-    yield
-    mx.enable_compile()
-
-
-both_layouts = pytest.mark.parametrize("in_cpp", ["cuda layout", "metal layout"], indirect=True)
-
-
 def normal(*shape, seed=0):
     return mx.random.normal(shape, key=mx.random.key(seed))
 
 
 def distance(got, want):
     return (mx.linalg.norm(got - want) / mx.maximum(mx.linalg.norm(want), 1e-9)).item()
-
-
-def case(
-    key_spec="tq4", value_spec="tq4", dim=64, keys=100, B=1, kv_heads=1, repeats=8, L=1, **more
-):
-    """(arguments, options) of an attention; one call's shapes."""
-    key_codec, value_codec = make_codec(key_spec, dim), make_codec(value_spec, dim)
-    capacity = keys + 13
-    planes = (
-        key_codec.encode(normal(B, kv_heads, capacity, dim, seed=1)),
-        value_codec.encode(1e-3 * normal(B, kv_heads, capacity, dim, seed=2)),
-    )
-    queries = 3 * normal(B, kv_heads * repeats, L, dim, seed=3)
-    options = {"length": keys, "scale": dim**-0.5, "mask": "causal" if L > 1 else None}
-    return (queries, *planes, key_codec, value_codec), options | more
-
-
-def check(arguments, options):
-    got = decode.decode_attention(*arguments, **options)
-    want = tiled_attention(*arguments, **options)
-    assert got.shape == want.shape and got.dtype == want.dtype
-    assert distance(got, want) < TOLERANCE
-    return got
-
-
-@both_layouts
-@pytest.mark.parametrize("dim", [64, 80, 96, 112, 128, 192, 256])
-def test_every_head_size(dim):
-    check(*case(dim=dim, keys=33))
-
-
-@pytest.mark.parametrize(
-    "key_spec, value_spec",
-    [
-        *((f"tq{b}", f"tq{b}") for b in (2, 3, 5, 6, 7, 8)),
-        *(("tq4", "tq3"), ("tq3", "tq4"), ("tq8", "tq4"), ("tq1", "tq5")),
-        *(("tq4-g32", "tq4-g32"), ("tq4-g16", "tq6"), ("tq3", "tq4-g32")),
-        *(("tq4-qr", "tq4"), ("tq4", "tq4-none"), ("tq4-none", "tq4-qr")),
-        *((f"tcq{b}-l8", f"tcq{b}-l8") for b in (1, 2, 3, 4)),
-        *(("tcq4-l8", "tcq3-l8"), ("tq4", "tcq2-l8"), ("tcq3-l8", "tq3")),
-    ],
-)
-def test_every_width_group_and_rotation_of_keys_and_values(key_spec, value_spec):
-    check(*case(key_spec, value_spec, keys=40))
-
-
-@pytest.mark.parametrize("keys", [1, 15, 16, 17, 63, 65, 129])
-def test_any_number_of_keys(keys):
-    check(*case(keys=keys))
-
-
-def test_no_key_gives_zeros():
-    arguments, options = case(keys=8)
-    assert not mx.any(decode.decode_attention(*arguments, **(options | {"length": 0})))
-
-
-@both_layouts
-@pytest.mark.parametrize("repeats, L", [(1, 1), (3, 1), (8, 2), (5, 3), (1, 8), (16, 1)])
-def test_query_heads_and_tokens_fill_blocks_in_any_number(repeats, L):
-    check(*case(repeats=repeats, L=L, kv_heads=2, keys=20))
-
-
-def test_left_padding_and_a_sequence_that_is_all_padding():
-    got = check(*case(B=3, keys=90, padding=[0, 33, 90]))
-    assert not mx.any(got[2])
-
-
-@pytest.mark.parametrize("window", [1, 20, 500])
-def test_sliding_window(window):
-    arguments, options = case(keys=90, L=3)
-    rows, columns = mx.arange(87, 90)[:, None], mx.arange(90)
-    seen = (columns <= rows) & (columns > rows - window)
-    got = decode.decode_attention(*arguments, **options, window=window)
-    assert distance(got, tiled_attention(*arguments, **(options | {"mask": seen}))) < TOLERANCE
-
-
-@pytest.mark.parametrize("shape", [(30,), (2, 30), (2, 1, 1, 30), (1, 8, 2, 30)])
-def test_array_masks_broadcast_bool_or_additive(shape):
-    arguments, options = case(keys=30, L=2, B=2)
-    noise = normal(*shape, seed=9)
-    check(arguments, options | {"mask": noise > 0})
-    check(arguments, options | {"mask": noise.astype(mx.float16)})
-    check(arguments, options | {"mask": mx.where(noise > 0, noise, -mx.inf)})
-
-
-def test_a_mask_that_hides_everything_gives_zeros():
-    arguments, options = case(keys=5)
-    hidden = options | {"mask": mx.zeros((1, 5), dtype=mx.bool_)}
-    assert not mx.any(decode.decode_attention(*arguments, **hidden))
-
-
-def test_sinks_take_part_in_the_softmax():
-    check(*case(keys=40, L=2, sinks=2 * normal(8, seed=5)))
-
-
-def test_splits_merge_into_the_same_answer(monkeypatch):
-    arguments, options = case(keys=60)
-    whole = check(arguments, options)
-    monkeypatch.setattr(decode, "KEYS_PER_BLOCK", 16)
-    assert distance(check(arguments, options), whole) < TOLERANCE
-
-
-def test_half_precision_queries_give_half_precision_answers():
-    (queries, *rest), options = case(keys=40)
-    got = decode.decode_attention(queries.astype(mx.float16), *rest, **options)
-    assert got.dtype == mx.float16
-    assert distance(got, tiled_attention(queries, *rest, **options)) < 2e-3
-
-
-@pytest.mark.parametrize("dim", [128, 192, 256])
-def test_trellis_codes_of_longer_vectors(dim):
-    check(*case("tcq3-l8", "tcq4-l8", dim=dim, keys=33))
 
 
 def test_bodies_use_no_word_that_metal_reserves():
@@ -247,33 +124,41 @@ def test_the_recurrence_serves_layers_on_cuda_unless_it_is_wrong(
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """As if there were a GPU; what was found out about kernels is forgotten on both ends."""
-    choose.disagreement.cache_clear()
-    monkeypatch.setattr(choose, "backend", lambda: "cuda")
-    yield
-    choose.disagreement.cache_clear()
+    """As if there were a GPU about whose kernels nothing is known yet."""
+    monkeypatch.setattr(trust, "_found", {})
+    monkeypatch.setattr(trust, "backend", lambda: "cuda")
+
+
+def short_queries():
+    """(queries, stored, options) of an attention over a block and a tail."""
+    codec = make_codec("tq4", 64)
+    layout = BlockLayout(codec, codec, 1)
+    keys, values = normal(1, 1, 300, 64, seed=1), normal(1, 1, 300, 64, seed=2)
+    slab = layout.pack(keys[:, :, :128], values[:, :, :128])
+    tails = keys[:, :, 128:], values[:, :, 128:]
+    stored = Stored(layout, (slab,), ((0,),), *tails, starts=(128,), lengths=(300,), counts=(2,))
+    return normal(1, 8, 2, 64, seed=3), stored, {"scale": 0.125, "mask": "causal"}
 
 
 def test_a_kernel_that_agrees_is_used(on_gpu):
     codec = make_codec("tq4", 64)
-    assert choose.trusted("decode", codec, codec)
-    assert choose.trusted("encode", codec, codec)
-    arguments, options = case(keys=30)
-    assert distance(choose.attention(*arguments, **options), check(arguments, options)) == 0
+    assert trust.trusted("encode", codec, codec)
+    queries, stored, options = short_queries()
+    got = choose.attention(queries, stored, **options)
+    assert distance(got, decode.decode_attention(queries, stored, **options)) == 0
+    assert 0 < distance(got, tiled_attention(queries, stored, **options)) < TOLERANCE
+    assert set(trust.report().values()) == {None}
 
 
 def test_a_kernel_that_disagrees_is_switched_off_with_a_warning(on_gpu, monkeypatch, caplog):
     right = decode.decode_attention
     monkeypatch.setattr(decode, "decode_attention", lambda *a, **k: 1.01 * right(*a, **k))
-    arguments, options = case(keys=30)
-    got = choose.attention(*arguments, **options)
-    assert distance(got, tiled_attention(*arguments, **options)) == 0
-    assert "decode kernel for keys tq4 and values tq4 is wrong by 1.0e-02" in caplog.text
-    codecs = arguments[-2:]
-    assert choose.report(*codecs) == {
-        "encode": None,
-        "decode": "is wrong by 1.0e-02, allowed 1e-03",
-    }
+    queries, stored, options = short_queries()
+    got = choose.attention(queries, stored, **options)
+    assert distance(got, tiled_attention(queries, stored, **options)) == 0
+    assert "is wrong by 1.0e-02" in caplog.text and "tq4" in caplog.text
+    (reason,) = [why for name, why in trust.report().items() if name.startswith("decode")]
+    assert reason == "is wrong by 1.0e-02, allowed 1e-03"
 
 
 def test_a_kernel_that_does_not_compile_is_switched_off(on_gpu, monkeypatch, caplog):
@@ -283,13 +168,12 @@ def test_a_kernel_that_does_not_compile_is_switched_off(on_gpu, monkeypatch, cap
     monkeypatch.setattr(encode, "encode", broken)
     codec = make_codec("tq4", 64)
     keys = normal(1, 1, 3, 64)
-    planes, _ = choose.encode_pair(keys, keys, codec, codec)
+    planes, _ = encode_pair(keys, keys, codec, codec)
     assert distance(codec.decode(planes), codec.decode(codec.encode(keys))) == 0
     assert "does not run: no compiler" in caplog.text
 
 
 def test_without_a_gpu_no_kernel_is_trusted(monkeypatch):
-    monkeypatch.setattr(choose, "backend", lambda: None)
+    monkeypatch.setattr(trust, "backend", lambda: None)
     codec = make_codec("tq4", 64)
-    assert not choose.trusted("decode", codec, codec)
-    assert choose.report(codec, codec) == {}
+    assert not trust.trusted("encode", codec, codec)

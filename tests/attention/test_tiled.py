@@ -1,4 +1,4 @@
-"""Tiled attention is ordinary attention over the decompressed cache, whatever the tiles."""
+"""Tiled attention is ordinary attention over packed and exact keys, whatever the tiles."""
 
 from __future__ import annotations
 
@@ -8,109 +8,81 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attention.sequences import causal, new_cache, random_tokens, reference, relative_error
 from tqstack.attention import tiled
-from tqstack.attention.cache import TurboQuantKVCache
-
-
-def reference(queries, cache, scale, mask, sinks=None):
-    """Float64 attention over the decompressed, unrotated cache."""
-    k = cache.key_codec.unrotate(cache.key_codec.decode(cache.keys))[:, :, : cache.length]
-    v = cache.value_codec.unrotate(cache.value_codec.decode(cache.values))[:, :, : cache.length]
-    q, k, v = (np.array(x.astype(mx.float32), np.float64) for x in (queries, k, v))
-    groups = q.shape[1] // k.shape[1]
-    scores = q @ np.repeat(k, groups, 1).swapaxes(-1, -2) * scale
-    scores = np.where(mask, scores, -np.inf) if mask.dtype == bool else scores + mask
-    top = scores.max(-1, keepdims=True, initial=-1e30)
-    if sinks is not None:
-        sinks = np.array(sinks, np.float64)[None, :, None, None]
-        top = np.maximum(top, sinks)
-    p = np.exp(scores - top)
-    total = p.sum(-1, keepdims=True)
-    if sinks is not None:
-        total = total + np.exp(sinks - top)
-    return p @ np.repeat(v, groups, 1) / np.maximum(total, 1e-300)
-
-
-def filled(rng, batch, kv_heads, length, dim, spec="tq4"):
-    cache = TurboQuantKVCache(spec)
-    shape = (batch, kv_heads, length, dim)
-    cache.update_and_fetch(mx.array(rng.normal(size=shape)), mx.array(rng.normal(size=shape)))
-    return cache
-
-
-def relative_error(out, expected):
-    out = np.array(out.astype(mx.float32), np.float64)
-    return np.linalg.norm(out - expected) / max(np.linalg.norm(expected), 1e-30)
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Many tiles even for short caches."""
-    monkeypatch.setattr(tiled, "KEY_TILE", 16)
+    monkeypatch.setattr(tiled, "KEY_TILE", 32)
     monkeypatch.setattr(tiled, "QUERY_TILE", 8)
 
 
-@settings(max_examples=60, deadline=None)
+def filled(rng, length, new, spec="tq4", exact_tokens=16, heads=2, dim=64):
+    """A cache of `length` tokens, the last `new` of which came in one piece."""
+    (cache,) = new_cache(spec, exact_tokens)
+    keys, values = random_tokens(rng, length, heads=heads, dim=dim)
+    for a, b in ((0, length - new), (length - new, length)):
+        if b > a:
+            cache.update_and_fetch(keys[:, :, a:b], values[:, :, a:b])
+    return cache
+
+
+@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
-    batch=st.integers(1, 3),
     kv_heads=st.integers(1, 2),
     groups=st.integers(1, 3),
-    length=st.integers(1, 60),
+    length=st.integers(1, 150),
     new=st.integers(1, 60),
     dim=st.sampled_from([64, 128]),
     kind=st.sampled_from(["none", "causal", "bool", "additive"]),
     sink=st.booleans(),
-    padded=st.booleans(),
+    exact_tokens=st.sampled_from([0, 16, 32]),
 )
-def test_it_equals_attention_over_the_decompressed_cache(
-    seed, batch, kv_heads, groups, length, new, dim, kind, sink, padded
+def test_it_equals_attention_over_what_every_query_sees(
+    seed, kv_heads, groups, length, new, dim, kind, sink, exact_tokens
 ):
     rng = np.random.default_rng(seed)
     new, heads = min(new, length), kv_heads * groups
-    cache = filled(rng, batch, kv_heads, length, dim)
-    queries = mx.array(rng.normal(size=(batch, heads, new, dim)).astype(np.float32))
+    cache = filled(rng, length, new, exact_tokens=exact_tokens, heads=kv_heads, dim=dim)
+    queries = mx.array(rng.normal(size=(1, heads, new, dim)).astype(np.float32))
     sinks = mx.array(rng.normal(size=heads).astype(np.float32)) if sink else None
-    allowed = np.ones((batch, heads, new, length), bool)
-    if padded:
-        cache.padding = [int(p) for p in rng.integers(0, length, batch)]
-        for i, pad in enumerate(cache.padding):
-            allowed[i, :, :, :pad] = False
-    bias = np.zeros_like(allowed, np.float64)
+    rows = np.ones((heads, new, length), bool)
     mask = None
     if kind == "causal":
-        mask = "causal"
-        allowed &= np.arange(length) <= np.arange(length - new, length)[:, None]
+        mask, rows = "causal", causal(heads, new, length)
     elif kind == "bool":
-        given_mask = rng.random((batch, 1, new, length)) < 0.7
-        mask, allowed = mx.array(given_mask), allowed & given_mask
+        rows = np.broadcast_to(rng.random((1, new, length)) < 0.7, (heads, new, length))
+        mask = mx.array(rows[:1])
     elif kind == "additive":
-        bias = bias + rng.normal(size=(new, length)).astype(np.float32)
-        mask = mx.array(bias[0, 0].astype(np.float32))
-    expected = reference(queries, cache, 0.3, np.where(allowed, bias, -np.inf), sinks)
+        summand = rng.normal(size=(new, length)).astype(np.float32)
+        mask, rows = mx.array(summand), np.broadcast_to(summand, (heads, new, length))
+    expected = reference(queries[0], cache, 0.3, rows, sinks)
     out = cache.attend(queries, 0.3, mask, sinks)
-    assert relative_error(out, expected) < 1e-5
+    assert relative_error(out[0], expected) < 1e-5
 
 
 def test_a_query_that_sees_nothing_gets_zero_and_not_nan():
-    cache = filled(np.random.default_rng(0), 1, 1, 20, 64)
-    out = cache.attend(mx.ones((1, 1, 2, 64)), 1.0, mx.zeros((2, 20), mx.bool_))
+    cache = filled(np.random.default_rng(0), 50, 2)
+    out = cache.attend(mx.ones((1, 2, 2, 64)), 1.0, mx.zeros((2, 50), mx.bool_))
     assert mx.array_equal(out, mx.zeros_like(out))
 
 
 def test_half_precision_queries_come_back_in_their_own_type():
-    cache = filled(np.random.default_rng(0), 1, 2, 20, 64)
+    cache = filled(np.random.default_rng(0), 50, 1)
     queries = mx.random.normal((1, 4, 1, 64)).astype(mx.bfloat16)
     out = cache.attend(queries, 0.125, None)
     assert out.dtype == mx.bfloat16
-    exact = reference(queries, cache, 0.125, np.ones((1, 4, 1, 20), bool))
-    assert relative_error(out, exact) < 4e-3
+    want = reference(queries[0].astype(mx.float32), cache, 0.125, np.ones((4, 1, 50), bool))
+    assert relative_error(out[0], want) < 4e-3
 
 
 def test_an_unknown_mask_name_is_an_error():
-    cache = filled(np.random.default_rng(0), 1, 1, 4, 64)
+    cache = filled(np.random.default_rng(0), 4, 1)
     with pytest.raises(ValueError, match="'sliding' is not known"):
-        cache.attend(mx.ones((1, 1, 1, 64)), 1.0, "sliding")
+        cache.attend(mx.ones((1, 2, 1, 64)), 1.0, "sliding")
 
 
 @pytest.mark.parametrize("device", [None, "cuda"])  # where MLX queues deeply, it has to wait
@@ -122,9 +94,9 @@ def test_peak_memory_of_a_prefill_step_does_not_grow_with_the_context(monkeypatc
     rng = np.random.default_rng(0)
 
     def workspace(length):
-        cache = filled(rng, 1, 1, length, 64)
+        cache = filled(rng, length, 128, heads=1)
         queries = mx.array(rng.normal(size=(1, 8, 128, 64)).astype(np.float32))
-        mx.eval(queries, cache.state)
+        mx.eval(queries, cache._reading.tail_keys, cache._reading.tail_values, cache._reading.slabs)
         mx.clear_cache()
         held = mx.get_active_memory()
         mx.reset_peak_memory()
@@ -143,10 +115,8 @@ def test_the_query_tile_follows_the_size_of_the_chip():
 
 
 def test_waiting_for_tiles_changes_nothing(monkeypatch):
-    monkeypatch.setattr(tiled, "KEY_TILE", 16)
-    monkeypatch.setattr(tiled, "QUERY_TILE", 8)
-    cache = filled(np.random.default_rng(0), 2, 2, 100, 64)
-    queries = mx.random.normal((2, 4, 30, 64))
+    cache = filled(np.random.default_rng(0), 200, 30)
+    queries = mx.random.normal((1, 4, 30, 64))
     want = cache.attend(queries, 0.125, "causal")
     monkeypatch.setattr(tiled, "backend", lambda: "cuda")
     monkeypatch.setattr(tiled, "IN_FLIGHT", 0)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from attention import cpp_kernels
-from tqstack.attention.kernels import choose, trellis_search
+from tqstack.attention.kernels import encoding, trellis_search
 from tqstack.attention.kernels.program import Program
+from tqstack.attention.kernels.trust import TOLERANCE
 from tqstack.turboquant import make_codec
 
 pytestmark = pytest.mark.skipif(not cpp_kernels.COMPILER, reason="the C++ dialect needs g++")
@@ -43,7 +44,7 @@ def test_zeros_and_bad_vectors_come_out_as_zeros():
 
 def test_a_wrong_search_is_noticed(monkeypatch):
     codec = make_codec("tcq4-l8", 64)
-    assert abs(choose._search_error(codec, codec)) < choose.TOLERANCE
+    assert abs(encoding._search_error(codec)) < TOLERANCE
     right = trellis_search._search
 
     def wrong(codec, y):
@@ -51,4 +52,4 @@ def test_a_wrong_search_is_noticed(monkeypatch):
         return codes ^ 1, reach
 
     monkeypatch.setattr(trellis_search, "_search", wrong)
-    assert choose._search_error(codec, codec) > choose.TOLERANCE
+    assert encoding._search_error(codec) > TOLERANCE

@@ -31,7 +31,9 @@ def test_a_needle_in_12000_tokens_is_recalled_through_the_compressed_cache(stack
     assert answer.choices[0].message.content == needle.code
     measured = answer.model_extra["tqstack"]
     assert measured["cache_tokens"] == answer.usage.total_tokens
-    assert measured["cache_bytes"] < 0.26 * measured["cache_bytes_fp16"]
+    # The newest 264 tokens are exact, in float32 on a CPU.
+    tail = 264 * 2 * 2 * 2 * 256 * 4
+    assert measured["cache_bytes"] < 0.26 * measured["cache_bytes_fp16"] + tail
     estimate = int(raw.headers["x-tqstack-prompt-tokens"])
     assert abs(estimate - answer.usage.prompt_tokens) < 0.5 * answer.usage.prompt_tokens
 

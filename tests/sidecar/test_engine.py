@@ -30,11 +30,13 @@ def test_the_plan_is_what_the_cache_holds(runtime):
     per_vector = 130  # 256 values of 4 bits, and a norm
     assert runtime.plan.per_token == 2 * 2 * 2 * per_vector
     assert runtime.plan.per_token_fp16 == 2 * 2 * 2 * 512
+    assert runtime.plan.tail == (128 + 128 + 8) * 2 * 2 * 2 * 256 * 4  # float32 on a CPU
     assert runtime.plan.recurrent > 6 * 8 * 64 * 64 * 4  # six float32 states, and convolutions
 
 
 def test_a_job_that_cannot_fit_in_memory_is_refused_before_its_prefill(runtime):
-    small = replace(runtime.plan, budget=runtime.plan.weights + runtime.plan.workspace + 2_000_000)
+    plan = runtime.plan
+    small = replace(plan, budget=plan.weights + plan.workspace + plan.tail + 2_000_000)
     engine = Engine(lambda: replace(runtime, plan=small))
     engine.start()
     try:
@@ -98,7 +100,7 @@ def test_a_model_that_cannot_be_loaded_is_reported_and_jobs_are_refused():
 
 
 def test_a_job_that_fits_only_alone_waits_for_the_others_and_is_not_refused(runtime):
-    room = 300 * runtime.plan.per_token + 2 * runtime.plan.recurrent
+    room = 300 * runtime.plan.per_token + 2 * (runtime.plan.recurrent + runtime.plan.tail)
     plan = replace(runtime.plan, budget=runtime.plan.weights + runtime.plan.workspace + room)
     engine = Engine(lambda: replace(runtime, plan=plan))
     engine.start()

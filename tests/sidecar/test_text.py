@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -63,7 +64,9 @@ def read(text, tokenizer=JSON_TOOLS, tools=WEATHER, **options):
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cc", "Cs"], include_characters="\n\t")))
 def test_plain_text_comes_back_unchanged(text):
-    assert "".join(part.text for part in read(text, plain=True)) == text
+    # The tokenizer normalises: some characters are another way to write others.
+    wanted = unicodedata.normalize("NFC", text)
+    assert "".join(part.text for part in read(text, plain=True)) == wanted
 
 
 @pytest.mark.parametrize("tokenizer, call", [(JSON_TOOLS, JSON_CALL), (XML_TOOLS, XML_CALL)])

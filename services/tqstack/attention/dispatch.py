@@ -7,7 +7,6 @@ class, bound there at import. That name is replaced in every loaded module that 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -47,8 +46,10 @@ def attention(
     return _plain(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
 
 
-def prove(model: nn.Module, cache: list[Any], tokens: Iterable[int] = (0, 1, 2)) -> list[int]:
-    """Run one forward pass and check, layer by layer, that compressed attention really ran.
+def prove(model: nn.Module, cache: list[Any]) -> list[int]:
+    """Read a prompt and make a token, and check, layer by layer, that compressed attention ran.
+
+    The prompt is long enough that its last tokens see packed blocks and exact ones.
 
     Args:
         cache: a fresh cache of `make_turboquant_cache`; it is used up.
@@ -59,26 +60,28 @@ def prove(model: nn.Module, cache: list[Any], tokens: Iterable[int] = (0, 1, 2))
     Raises:
         NotCompressedError: there is no such entry, or one was not written or not read.
     """
-    tokens = list(tokens)
     compressed = [i for i, c in enumerate(cache) if isinstance(c, TurboQuantKVCache)]
     if not compressed:
         raise NotCompressedError(
             "the model has no softmax layer with an ordinary KV cache, so nothing can be "
             "compressed; run it with TQ_CACHE_VERSION=none"
         )
-    before = [cache[i].reads for i in compressed]
-    try:
-        mx.eval(model(mx.array([tokens]), cache=cache))
-    except (AttributeError, TypeError) as error:
-        raise NotCompressedError(
-            "the model reads its cache in a way of its own, which compression does not "
-            f"support ({error}); run it with TQ_CACHE_VERSION=none"
-        ) from error
-    for i, reads in zip(compressed, before, strict=True):
-        if cache[i].reads != reads + 1 or cache[i].length != len(tokens):
+    first = cache[compressed[0]]
+    prompt = first.exact_tokens + 2 * first.pool.block_tokens + 1
+    for step, tokens in enumerate((prompt, 1), 1):
+        try:
+            mx.eval(model(mx.zeros((1, tokens), mx.int32), cache=cache))
+        except (AttributeError, TypeError) as error:
             raise NotCompressedError(
-                f"layer {i} did not go through the compressed cache (tokens {cache[i].length} of "
-                f"{len(tokens)}, reads {cache[i].reads - reads} of 1); run the model with "
-                "TQ_CACHE_VERSION=none"
-            )
+                "the model reads its cache in a way of its own, which compression does not "
+                f"support ({error}); run it with TQ_CACHE_VERSION=none"
+            ) from error
+        for i in compressed:
+            stored, wanted = cache[i].size(), prompt + step - 1
+            if cache[i].reads != step or stored != wanted or not cache[i].packed[0]:
+                raise NotCompressedError(
+                    f"layer {i} did not go through the compressed cache (tokens {stored} of "
+                    f"{wanted}, reads {cache[i].reads} of {step}); run the model with "
+                    "TQ_CACHE_VERSION=none"
+                )
     return compressed

@@ -1,17 +1,20 @@
 """Attention over a compressed cache in plain mlx operations, one tile of keys at a time.
 
-Keys and values are decompressed tile by tile and folded into an online softmax (Milakov and
+Packed keys and values are decompressed tile by tile and folded into an online softmax (Milakov and
 Gimelshein, arXiv 1805.02867), so neither a decompressed copy of the cache nor a full score matrix
-ever exists. It works in the rotated domain: queries are rotated once, outputs rotated back once.
+ever exists. That part works in the rotated domain: queries are rotated once, outputs rotated back
+once. The exact keys that a query sees are folded into a softmax of their own; both are added up.
 This is prefill everywhere, and decode wherever no kernel runs; the kernels are compared with it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 
+from tqstack.attention.blocks import Stored
 from tqstack.attention.kernels.program import backend
-from tqstack.turboquant.codec import Codec
 
 # Scores of one step: KEY_TILE keys against QUERY_TILE tokens of every head.
 KEY_TILE = 1024
@@ -31,70 +34,88 @@ _FLOOR = -1e30  # below every score, and finite: exp(-inf - _FLOOR) is 0, never 
 
 def tiled_attention(
     queries: mx.array,
-    keys: tuple[mx.array, ...],
-    values: tuple[mx.array, ...],
-    key_codec: Codec,
-    value_codec: Codec,
+    stored: Stored,
     *,
-    length: int,
     scale: float,
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
-    padding: list[int] | None = None,
 ) -> mx.array:
-    """Softmax attention of L queries over `length` stored tokens, the last L of them their own.
+    """Softmax attention of the newest tokens of some sequences over all that is stored of each.
 
     Args:
-        queries: (B, query heads, L, head_dim).
-        keys, values: planes, each (B, KV heads, capacity >= length, width).
-        mask: None, "causal", or an array that broadcasts to (B, query heads, L, length).
+        queries: (B, query heads, L, head_dim); of sequence i the first `stored.counts[i]` columns
+            are its last tokens, the others are padding.
+        mask: None, "causal", or an array that broadcasts to (B, query heads, L, positions).
         sinks: (query heads,) logits that take part in the softmax and contribute no value.
-        padding: tokens to leave out at the start of each sequence.
 
     Returns:
-        (B, query heads, L, value head_dim) in the queries' dtype. A query that sees nothing gets 0.
+        (B, query heads, L, value head_dim) in the queries' dtype. A query that sees nothing, and
+        padding, gets 0.
     """
-    B, heads, L, _ = queries.shape
-    kv_heads = keys[0].shape[1]
-    groups = heads // kv_heads
-    causal = isinstance(mask, str)
-    if causal and mask != "causal":
+    if isinstance(mask, str) and mask != "causal":
         raise ValueError(f"mask {mask!r} is not known; allowed: None, 'causal' or an array")
-    array_mask = None if causal else _grouped(mask, kv_heads, groups)
-    first = length - L  # position of the first query
-    rotated = key_codec.rotate(queries.astype(mx.float32)) * scale
-    rotated = rotated.reshape(B, kv_heads, groups, L, -1)
-    blocks = [
-        _Block(rotated[..., a : a + QUERY_TILE, :], a, value_codec.dim, sinks)
-        for a in range(0, L, QUERY_TILE)
-    ]
-    shared_padding = min(padding) if padding else 0
+    L, outputs = queries.shape[2], []
+    for i, count in enumerate(stored.counts):
+        if not count:
+            shape = (1, queries.shape[1], L, stored.layout.value_codec.dim)
+            outputs.append(mx.zeros(shape, queries.dtype))
+            continue
+        own = mask
+        if isinstance(mask, mx.array):
+            own = mask.reshape(*([1] * (4 - mask.ndim)), *mask.shape)
+            own = own[i : i + 1] if own.shape[0] > 1 else own
+        out = _sequence(queries[i : i + 1, :, :count], stored, i, scale, own, sinks)
+        outputs.append(mx.pad(out, [(0, 0), (0, 0), (0, L - count), (0, 0)]) if count < L else out)
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+
+def _sequence(
+    queries: mx.array,
+    stored: Stored,
+    i: int,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    """(1, query heads, L, d) queries of sequence i -> (1, query heads, L, value d)."""
+    _, heads, L, _ = queries.shape
+    layout = stored.layout
+    kv_heads, value_codec = layout.kv_heads, layout.value_codec
+    seen = _Seen(stored, i, L, mask, (kv_heads, heads // kv_heads))
+    raw = queries.astype(mx.float32) * scale
+    rotated = layout.key_codec.rotate(raw)
+    raw, rotated = (x.reshape(1, kv_heads, heads // kv_heads, L, -1) for x in (raw, rotated))
+    spans = [(a, min(a + QUERY_TILE, L)) for a in range(0, L, QUERY_TILE)]
+    packed = [_Block(rotated[..., a:b, :], a, value_codec.dim, None) for a, b in spans]
+    _fold_packed(packed, stored, i, seen)
+    outputs = []
+    for (a, b), old in zip(spans, packed, strict=True):
+        new = _Block(raw[..., a:b, :], a, value_codec.dim, sinks)
+        _fold_exact(new, stored, i, seen)
+        outputs.append(new.plus(old, value_codec.unrotate(old.acc)))
+    out = mx.concatenate(outputs, axis=-2) if len(outputs) > 1 else outputs[0]
+    return out.reshape(1, heads, L, -1).astype(queries.dtype)
+
+
+def _fold_packed(blocks: list[_Block], stored: Stored, i: int, seen: _Seen) -> None:
+    """All packed keys that the queries see, a tile after the other."""
+    layout = stored.layout
+    limits = [seen.limit(block.stop - 1) for block in blocks]
+    tile = max(1, KEY_TILE // layout.block_tokens) * layout.block_tokens
     started: list[mx.array] = []
     queued, waits = 0, backend() == "cuda"
-    for start in range(shared_padding, length, KEY_TILE):
-        stop = min(start + KEY_TILE, length)
-        visible = [b for b in blocks if not causal or first + b.stop > start]
-        tiles = [p[:, :, start:stop] for p in (*keys, *values)]
+    for start in range(0, max(limits), tile):
+        stop = min(start + tile, max(limits))
+        visible = [b for b, limit in zip(blocks, limits, strict=True) if limit > start]
+        rows = stored.rows(i, start // layout.block_tokens, -(-stop // layout.block_tokens))
         # One tile after the other. Left to itself, MLX runs one chain of a block to its end and
         # keeps the scores of all tiles for the other.
-        tiles = mx.depends(tiles, [x for block in visible for x in (block.acc, block.l)])
-        k = key_codec.decode(tuple(tiles[: len(keys)]))
-        v = value_codec.decode(tuple(tiles[len(keys) :]))
-        hidden = _padding_mask(padding, start, stop)
+        (rows,) = mx.depends([rows], [x for block in visible for x in (block.acc, block.l)])
+        keys, values = layout.planes(rows)
+        k, v = layout.key_codec.decode(keys), layout.value_codec.decode(values)
+        k, v = k[:, :, : stop - start], v[:, :, : stop - start]
         for block in visible:
-            seen = hidden
-            if causal and first + block.start + 1 < stop:
-                seen = _and(
-                    seen, _causal_mask(first + block.start, first + block.stop, start, stop)
-                )
-            bias = None
-            if array_mask is not None:
-                tile = array_mask[..., block.start : block.stop, start:stop]
-                if tile.dtype == mx.bool_:
-                    seen = _and(seen, tile)
-                else:
-                    bias = tile.astype(mx.float32)
-            queued += block.fold(k, v, seen, bias) + k.nbytes + v.nbytes
+            queued += block.fold(k, v, *seen.packed(block, start, stop)) + k.nbytes + v.nbytes
             # On CUDA order is not enough: MLX queues ten batches of a hundred operations there, and
             # holds what they return. Elsewhere nothing is computed here that may not be needed: the
             # last layer's attention, for all tokens of a prompt but the last.
@@ -103,20 +124,88 @@ def tiled_attention(
                 started = [x for b in blocks for x in (b.acc, b.m, b.l)]
                 mx.async_eval(started)
                 mx.eval(waiting)
-    out = mx.concatenate([block.result() for block in blocks], axis=-2)
-    out = value_codec.unrotate(out.reshape(B, heads, L, -1))
-    return out.astype(queries.dtype)
+
+
+def _fold_exact(block: _Block, stored: Stored, i: int, seen: _Seen) -> None:
+    """The exact keys that some query of a block sees, in one go: a few hundred."""
+    start, stop = seen.limit(block.start), seen.first + block.stop
+    stop = stop if seen.causal else seen.first + seen.tokens
+    if start < stop:
+        first = stored.starts[i]
+        k, v = (x[:, :, start - first : stop - first] for x in stored.tail(i))
+        k, v = k.astype(mx.float32), v.astype(mx.float32)
+        block.fold(k, v, *seen.exact(block, start, stop))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Which keys the queries of one sequence see."""
+
+    stored: Stored
+    i: int
+    tokens: int  # query tokens
+    mask: mx.array | str | None
+    heads: tuple[int, int]  # KV heads, query heads of each
+
+    @property
+    def causal(self) -> bool:
+        return isinstance(self.mask, str)
+
+    @property
+    def first(self) -> int:
+        """Position of the first query."""
+        return self.stored.lengths[self.i] - self.tokens
+
+    def limit(self, query: int) -> int:
+        """Where the exact keys of a query token begin."""
+        return self.stored.packed_limit(self.i, self.first + query)
+
+    def _limits(self, block: _Block) -> mx.array:
+        """(L, 1) `limit` of every query of a block."""
+        size = self.stored.layout.block_tokens
+        positions = mx.arange(self.first + block.start, self.first + block.stop)
+        limits = positions // size * size - self.stored.exact_tokens
+        return mx.maximum(limits, self.stored.starts[self.i])[:, None]
+
+    def packed(self, block: _Block, start: int, stop: int):
+        """What `_Block.fold` needs to know of packed keys at positions start .. stop."""
+        seen = None
+        if stop > self.limit(block.start):
+            seen = mx.arange(start, stop) < self._limits(block)
+        return self._masked(block, start, stop, seen)
+
+    def exact(self, block: _Block, start: int, stop: int):
+        """The same of exact keys."""
+        keys, seen = mx.arange(start, stop), None
+        if self.limit(block.stop - 1) > start:
+            seen = keys >= self._limits(block)
+        if self.causal and block.stop - block.start > 1:
+            queries = mx.arange(self.first + block.start, self.first + block.stop)
+            seen = _and(seen, keys <= queries[:, None])
+        return self._masked(block, start, stop, seen)
+
+    def _masked(self, block: _Block, start: int, stop: int, seen: mx.array | None):
+        """(bool mask or None, summand or None), each (1, KV heads, groups, L, keys) or less."""
+        if self.mask is None or isinstance(self.mask, str):
+            return seen, None
+        tile = self.mask[..., start:stop]
+        tile = tile[..., block.start : block.stop, :] if tile.shape[-2] > 1 else tile
+        _, heads, L, S = tile.shape
+        tile = tile.reshape(1, *((1, 1) if heads == 1 else self.heads), L, S)
+        if tile.dtype == mx.bool_:
+            return _and(seen, tile), None
+        return seen, tile.astype(mx.float32)
 
 
 class _Block:
     """The running softmax of some query tokens: maximum m, denominator l, weighted values acc."""
 
     def __init__(self, queries: mx.array, start: int, value_dim: int, sinks: mx.array | None):
-        B, kv_heads, groups, L, D = queries.shape  # (B, KV heads, groups, L, D), rotated and scaled
+        _, kv_heads, groups, L, D = queries.shape  # (1, KV heads, groups, L, D), scaled
         self.start, self.stop = start, start + L
-        self.queries = queries.reshape(B, kv_heads, groups * L, D)
-        self.shape = (B, kv_heads, groups, L)
-        rows = (B, kv_heads, groups * L, 1)
+        self.queries = queries.reshape(1, kv_heads, groups * L, D)
+        self.shape = (1, kv_heads, groups, L)
+        rows = (1, kv_heads, groups * L, 1)
         self.acc = mx.zeros((*rows[:3], value_dim))
         if sinks is None:
             self.m, self.l = mx.full(rows, _FLOOR), mx.zeros(rows)
@@ -126,9 +215,9 @@ class _Block:
             self.l = mx.ones(rows)
 
     def fold(self, k: mx.array, v: mx.array, seen: mx.array | None, bias: mx.array | None) -> int:
-        """Add a tile: k (B, KV heads, T, D), v (B, KV heads, T, Dv); masks broadcast to
-        (B, KV heads, groups, L, T). Returns the bytes of its scores."""
-        scores = self.queries @ k.swapaxes(-1, -2)  # (B, KV heads, groups * L, T)
+        """Add a tile: k (1, KV heads, T, D), v (1, KV heads, T, Dv); masks broadcast to
+        (1, KV heads, groups, L, T). Returns the bytes of its scores."""
+        scores = self.queries @ k.swapaxes(-1, -2)  # (1, KV heads, groups * L, T)
         if seen is not None or bias is not None:
             scores = scores.reshape(*self.shape, -1)
             scores = scores if bias is None else scores + bias
@@ -142,29 +231,13 @@ class _Block:
         self.m = m
         return p.nbytes
 
-    def result(self) -> mx.array:
-        """(B, KV heads, groups, L, Dv)"""
-        return (self.acc / mx.maximum(self.l, 1e-30)).reshape(*self.shape, -1)
-
-
-def _grouped(mask: mx.array | None, kv_heads: int, groups: int) -> mx.array | None:
-    """A mask (..., query heads or 1, L, tokens) as (B, KV heads, groups, L, tokens), 1s kept."""
-    if mask is None:
-        return None
-    mask = mask.reshape(*([1] * (4 - mask.ndim)), *mask.shape)
-    B, heads, L, S = mask.shape
-    return mask.reshape(B, *((1, 1) if heads == 1 else (kv_heads, groups)), L, S)
-
-
-def _padding_mask(padding: list[int] | None, start: int, stop: int) -> mx.array | None:
-    if not padding or max(padding) <= start:
-        return None
-    pads = mx.array(padding).reshape(-1, 1, 1, 1, 1)
-    return mx.arange(start, stop) >= pads
-
-
-def _causal_mask(query_start: int, query_stop: int, start: int, stop: int) -> mx.array:
-    return mx.arange(query_start, query_stop)[:, None] >= mx.arange(start, stop)[None]
+    def plus(self, other: _Block, acc: mx.array) -> mx.array:
+        """The softmax over the keys of both: (1, KV heads, groups, L, Dv). acc: the other's
+        weighted values, in this block's domain."""
+        m = mx.maximum(self.m, other.m)
+        own, others = mx.exp(self.m - m), mx.exp(other.m - m)
+        total = mx.maximum(self.l * own + other.l * others, 1e-30)
+        return ((self.acc * own + acc * others) / total).reshape(*self.shape, -1)
 
 
 def _and(a: mx.array | None, b: mx.array | None) -> mx.array | None:

@@ -9,12 +9,12 @@ import mlx.nn as nn
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 
 from tqstack.attention.hybrid import make_turboquant_cache, softmax_entries
-from tqstack.attention.specs import Bits
+from tqstack.turboquant.kv_codecs import Bits, KVCodecs
 
 MakeCache = Callable[[], list[Any]]
 
 
-def backends(model: nn.Module, name: str, bits: Bits = 4) -> dict[str, MakeCache]:
+def backends(model: nn.Module, name: str, bits: KVCodecs | Bits = 4) -> dict[str, MakeCache]:
     """How each backend makes its cache: plain, mlx-lm's 4-bit one, compressed; or all of them."""
 
     def quantized() -> list[Any]:

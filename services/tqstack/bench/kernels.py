@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from typing import Any
+from itertools import accumulate
 
 import mlx.core as mx
 
+from tqstack.attention.blocks import BlockLayout, Stored
 from tqstack.attention.gated_delta import gated_delta
 from tqstack.attention.kernels import decode, encode, recurrence
 from tqstack.attention.kernels.program import backend
@@ -20,6 +21,7 @@ from tqstack.turboquant.codec import make_codec
 from tqstack.turboquant.lloyd import LloydCodec
 
 QUERY_HEADS, KV_HEADS, DIM = 16, 2, 256  # softmax layers of Qwen3.5-35B-A3B
+TAIL = 192  # exact tokens of a sequence: between 128 and 256, as it goes
 CHAIN = 20
 Step = Callable[[mx.array], mx.array]
 
@@ -48,25 +50,46 @@ def chained(step: Step, queries: mx.array) -> float:
     return milliseconds(run) / CHAIN
 
 
-def random_planes(codec, batch: int, tokens: int) -> tuple[mx.array, ...]:
+def random_blocks(layout: BlockLayout, count: int) -> mx.array:
+    """(blocks, words) of any codes, with scales around 1."""
     planes = []
-    for width, dtype in codec.plane_shapes():
-        shape = (batch, KV_HEADS, tokens, width)
+    codecs = layout.key_codec, layout.value_codec
+    dtypes = [dtype for codec in codecs for _, dtype in codec.plane_shapes()]
+    for words, dtype in zip(layout.plane_words, dtypes, strict=True):
         if dtype == mx.float16:
-            planes.append(mx.random.uniform(0.75, 1.25, shape).astype(dtype))
+            scales = mx.random.uniform(0.75, 1.25, (count, 2 * words)).astype(dtype)
+            planes.append(scales.view(mx.uint32))
         else:
-            top = 1 << 8 * dtype.size
-            planes.append(mx.random.randint(0, min(top, 1 << 31), shape).astype(dtype))
-    mx.eval(planes)
-    return tuple(planes)
+            planes.append(mx.random.randint(0, 1 << 31, (count, words)).astype(mx.uint32))
+    rows = mx.concatenate(planes, axis=-1)
+    mx.eval(rows)
+    return rows
 
 
-def attention_step(key_spec: str, value_spec: str, tokens: int, padding: list[int]) -> Step:
-    codecs: Any = make_codec(key_spec, DIM), make_codec(value_spec, DIM)
-    keys, values = (random_planes(codec, len(padding), tokens) for codec in codecs)
-    return lambda queries: decode.decode_attention(
-        queries, keys, values, *codecs, length=tokens, scale=DIM**-0.5, padding=padding
+def attention_step(key_spec: str, value_spec: str, contexts: list[int]) -> Step:
+    """Over sequences of so many tokens, whole blocks of them packed and the last TAIL exact."""
+    key_codec, value_codec = make_codec(key_spec, DIM), make_codec(value_spec, DIM)
+    layout = BlockLayout(key_codec, value_codec, KV_HEADS)
+    counts = [max(0, tokens - TAIL) // layout.block_tokens for tokens in contexts]
+    ends = list(accumulate(counts))
+    slots = TAIL + layout.block_tokens
+    tails = [
+        mx.random.normal((len(contexts), KV_HEADS, slots, DIM)).astype(mx.bfloat16)
+        for _ in range(2)
+    ]
+    mx.eval(tails)
+    starts = [count * layout.block_tokens for count in counts]
+    stored = Stored(
+        layout,
+        slabs=(random_blocks(layout, max(1, ends[-1])),),
+        tables=tuple(tuple(range(end - n, end)) for n, end in zip(counts, ends, strict=True)),
+        tail_keys=tails[0],
+        tail_values=tails[1],
+        starts=tuple(starts),
+        lengths=tuple(start + TAIL for start in starts),
+        counts=(1,) * len(contexts),
     )
+    return lambda queries: decode.decode_attention(queries, stored, scale=DIM**-0.5)
 
 
 def sdpa_step(tokens: int) -> Step:
@@ -88,14 +111,14 @@ def attention(contexts: list[int], specs: list[str]) -> None:
         print(f"{tokens:>7} tokens  bf16 SDPA {plain * 1e3:7.0f} us")
         for spec in specs:
             key_spec, _, value_spec = spec.partition("/")
-            step = attention_step(key_spec, value_spec or key_spec, tokens, [0])
+            step = attention_step(key_spec, value_spec or key_spec, [tokens])
             ours = chained(step, queries)
             print(f"{'':>15}{spec:>12} {ours * 1e3:7.0f} us  {plain / ours:.1f}x")
     tokens = contexts[-1]
     lengths = [tokens * (i + 1) // 8 for i in range(8)]
-    one = chained(attention_step(specs[0], specs[0], tokens, [0]), queries)
+    one = chained(attention_step(specs[0], specs[0], [tokens]), queries)
     eight = chained(
-        attention_step(specs[0], specs[0], tokens, [tokens - n for n in lengths]),
+        attention_step(specs[0], specs[0], lengths),
         mx.broadcast_to(queries, (8, *queries.shape[1:])),
     )
     print(

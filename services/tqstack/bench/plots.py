@@ -35,29 +35,51 @@ def speed(rows: list[Any], path: Path) -> None:
 
 
 def quality(rows: list[dict[str, Any]], path: Path) -> None:
-    """KL divergence over bits per value, a point per codec, a line per family."""
+    """KL divergence over bits per value, a point per codec, a line per family.
+
+    Broken lines and hollow points: every token is coded at once, none stays exact.
+    """
     figure, axis = _figure()
-    for family in dict.fromkeys(_family(row["codec"]) for row in rows):
-        line = sorted(
-            (row["bits_per_value"], max(row["kl_divergence"], 1e-7), row["codec"])
+    families = list(dict.fromkeys(_family(row["codec"]) for row in rows))
+    for family, all_coded in dict.fromkeys(map(_line, rows)):
+        points = sorted(
+            (row["bits_per_value"], max(row["kl_divergence"], 1e-7), row["codec"].split("@")[0])
             for row in rows
-            if _family(row["codec"]) == family
+            if _line(row) == (family, all_coded)
         )
+        color, face = f"C{families.index(family)}", "none" if all_coded else None
+        label = f"{family}, every token coded" if all_coded else family
         # Mixed pairs stand beside their family's line, not on it.
-        pure = [(x, y) for x, y, name in line if "/" not in name]
-        mixed = [(x, y) for x, y, name in line if "/" in name]
-        (drawn,) = axis.plot([x for x, _ in pure], [y for _, y in pure], "o-", label=family)
-        axis.plot([x for x, _ in mixed], [y for _, y in mixed], "x", color=drawn.get_color())
-        for x, y, name in line:
+        pure = [(x, y) for x, y, name in points if "/" not in name]
+        mixed = [(x, y) for x, y, name in points if "/" in name]
+        axis.plot(
+            [x for x, _ in pure],
+            [y for _, y in pure],
+            "o--" if all_coded else "o-",
+            label=label,
+            color=color,
+            markerfacecolor=face,
+        )
+        axis.plot([x for x, _ in mixed], [y for _, y in mixed], "x", color=color)
+        for x, y, name in points:
             axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axis.set(xlabel="bits per value, really stored", ylabel="KL divergence, nats per token")
+    axis.set(
+        xlabel="bits per value in 32,768 tokens, really stored",
+        ylabel="KL divergence, nats per token",
+    )
     axis.set_yscale("log")
-    axis.margins(x=0.12)
-    axis.legend()
+    axis.margins(x=0.18)
+    axis.legend(loc="lower left")  # few bits, little divergence: empty
     figure.savefig(path, dpi=150)
 
 
+def _line(row: dict[str, Any]) -> tuple[str, bool]:
+    """(family, whether every token is coded at once): rows of one line."""
+    return _family(row["codec"]), row["exact_tokens"] == 0
+
+
 def _family(codec: str) -> str:
+    codec = codec.split("@")[0]
     if codec.endswith("-raw"):
         return "TurboQuant, norm not corrected"
     if codec.startswith("affine"):

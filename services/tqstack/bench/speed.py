@@ -23,9 +23,14 @@ FILL_STEP = 16_384  # tokens of made-up context that are stored at once
 
 @dataclass(frozen=True)
 class Row:
-    """Medians for one backend at one context. Tokens per second, seconds, bytes."""
+    """Medians for one backend at one context. Tokens per second, seconds, bytes.
+
+    `decode_tps` counts steps of the whole batch: each makes one token of every sequence, so that
+    the batch gets `batch` times as many tokens. Bytes are those of all sequences.
+    """
 
     backend: str
+    batch: int
     context: int
     prompt_tokens: int
     generation_tokens: int
@@ -40,22 +45,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Workload:
-    """`context` tokens are in the cache already; then a prompt is read and an answer written."""
+    """`context` tokens are in the cache already; then a prompt is read and an answer written.
+
+    `batch` sequences do so: their prompts are read one after the other, their answers written
+    together.
+    """
 
     context: int
     prompt_tokens: int
     generation_tokens: int
     prefill_step: int = 2048
+    batch: int = 1
 
 
 def runnable(
-    model: nn.Module, make_caches: dict[str, MakeCache], tokens: np.ndarray
+    model: nn.Module, make_caches: dict[str, MakeCache], tokens: np.ndarray, batch: int = 1
 ) -> tuple[dict[str, MakeCache], dict[str, str]]:
     """The backends that run on this machine, and of the others why not. Compiles kernels."""
     able, unable = {}, {}
     for name, make_cache in make_caches.items():
         try:
-            run(model, make_cache, Workload(0, 64, 4), tokens)
+            run(model, make_cache, Workload(0, 64, 4, batch=batch), tokens)
         except (RuntimeError, ValueError) as error:
             unable[name] = str(error)
         else:
@@ -82,32 +92,34 @@ def measure(
         middle = {key: median(result[key] for result in results) for key in results[0]}
         whole = {key: int(value) for key, value in middle.items() if key.endswith("bytes")}
         speeds = {key: round(v, 3) for key, v in middle.items() if not key.endswith("bytes")}
-        yield Row(name, work.context, work.prompt_tokens, work.generation_tokens, **speeds, **whole)
+        sizes = (work.batch, work.context, work.prompt_tokens, work.generation_tokens)
+        yield Row(name, *sizes, **speeds, **whole)
 
 
 def run(
     model: nn.Module, make_cache: MakeCache, work: Workload, tokens: np.ndarray
 ) -> dict[str, float]:
-    """One prompt and its answer."""
-    cache = make_cache()
+    """The prompts and their answers.
+
+    Raises:
+        ValueError: sequences of this cache cannot be decoded together.
+    """
+    caches = [make_cache() for _ in range(work.batch)]
     prompt = mx.array(np.resize(tokens, work.prompt_tokens).astype(np.int32))[None]
     if work.context:
-        fill(model, cache, work.context)
+        for cache in caches:
+            fill(model, cache, work.context)
     mx.synchronize()
     mx.clear_cache()
-    held_before = mx.get_active_memory() - sum(cache_bytes(cache))
+    held_before = mx.get_active_memory() - sum(sum(cache_bytes(cache)) for cache in caches)
     mx.reset_peak_memory()
     start = time.perf_counter()
-    # As servers do it: of a prompt, only the last token's logits are computed.
-    for at in range(0, work.prompt_tokens - 1, work.prefill_step):
-        stop = min(at + work.prefill_step, work.prompt_tokens - 1)
-        model(prompt[:, at:stop], cache=cache)
-        mx.eval([c.state for c in cache])
-    token = model(prompt[:, -1:], cache=cache)[:, -1:].argmax(-1)
-    mx.eval(token)
+    token = mx.concatenate([_read(model, cache, prompt, work.prefill_step) for cache in caches])
     mx.synchronize()
     middle = time.perf_counter()
     peak = mx.get_peak_memory()
+    cache = caches[0] if work.batch == 1 else merged(caches)
+    del caches
     steps = []
     for _ in range(work.generation_tokens):
         began, last = time.perf_counter(), token
@@ -119,7 +131,7 @@ def run(
     end = time.perf_counter()
     kv, recurrent = cache_bytes(cache)
     return {
-        "prefill_tps": work.prompt_tokens / (middle - start),
+        "prefill_tps": work.batch * work.prompt_tokens / (middle - start),
         "decode_tps": 1 / median(steps),
         "wall_seconds": end - start,
         "kv_bytes": kv,
@@ -127,6 +139,36 @@ def run(
         "peak_bytes": peak,
         "workspace_bytes": max(0, peak - held_before - kv - recurrent),
     }
+
+
+def _read(model: nn.Module, cache: list[Any], prompt: mx.array, step: int) -> mx.array:
+    """Read a prompt (1, L) as servers do: only the last token's logits. Returns a token (1, 1)."""
+    last = prompt.shape[1] - 1
+    for at in range(0, last, step):
+        model(prompt[:, at : min(at + step, last)], cache=cache)
+        mx.eval([c.state for c in cache])
+    token = model(prompt[:, -1:], cache=cache)[:, -1:].argmax(-1)
+    mx.eval(token)
+    return token
+
+
+def merged(caches: list[list[Any]]) -> list[Any]:
+    """Caches of single sequences as one of a batch. The single ones are emptied on the way, so that
+    only one layer is held twice.
+
+    Raises:
+        ValueError: a kind of cache cannot hold several sequences.
+    """
+    batch = []
+    for i, entry in enumerate(caches[0]):
+        kind = type(entry)
+        if not hasattr(kind, "merge"):
+            raise ValueError(f"{kind.__name__} of mlx-lm cannot hold several sequences")
+        batch.append(kind.merge([cache[i] for cache in caches]))
+        mx.eval(batch[-1].state)
+        for cache in caches:
+            cache[i] = None
+    return batch
 
 
 def fill(model: nn.Module, cache: list[Any], context: int) -> None:
@@ -139,15 +181,16 @@ def fill(model: nn.Module, cache: list[Any], context: int) -> None:
     for layer, entry in zip(layers, cache, strict=True):
         if not hasattr(entry, "update_and_fetch"):
             continue
+        if hasattr(entry, "reserve"):  # as for a prompt whose length is known
+            entry.reserve(context)
         attention = layer.self_attn
-        shape = (1, attention.num_key_value_heads, 0, attention.head_dim)
+        size = (1, attention.num_key_value_heads, min(FILL_STEP, context), attention.head_dim)
         dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+        # Made once: what the numbers are does not matter, and fresh ones for each piece take time.
+        keys, values = (mx.random.normal(size).astype(dtype) for _ in range(2))
         while entry.offset < context:
             count = min(FILL_STEP, context - entry.offset)
-            size = (*shape[:2], count, shape[3])
-            entry.update_and_fetch(
-                mx.random.normal(size).astype(dtype), mx.random.normal(size).astype(dtype)
-            )
+            entry.update_and_fetch(keys[:, :, :count], values[:, :, :count])
             mx.eval(entry.state)
 
 

@@ -37,6 +37,7 @@ def speed(
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 1000,
     generation_tokens: Annotated[int, typer.Option(min=1)] = 64,
     context: Annotated[str, typer.Option(help="tokens in the cache before the prompt")] = "0",
+    batch: Annotated[int, typer.Option(min=1, help="equal sequences decoded together")] = 1,
     prefill_step: Annotated[int, typer.Option(min=1)] = 2048,
     trials: Annotated[int, typer.Option(min=1)] = 3,
     output: Output = None,
@@ -60,12 +61,15 @@ def speed(
     except ModelNotFoundError as error:
         fail(str(error), 2)
     tokens = demo_model.held_out_tokens().astype(np.int32)
-    caches, unable = runnable(network, backends(network, backend, bits), tokens)
+    caches, unable = runnable(network, backends(network, backend, bits), tokens, batch)
     for name, why in unable.items():
-        errors.print(f"{name} does not run on this machine: {why}", highlight=False)
+        errors.print(f"{name} is left out: {why}", highlight=False)
     if not caches:
         fail("nothing to measure", 1)
-    works = [Workload(c, prompt_tokens, generation_tokens, prefill_step) for c in numbers(context)]
+    works = [
+        Workload(tokens_before, prompt_tokens, generation_tokens, prefill_step, batch)
+        for tokens_before in numbers(context)
+    ]
     steps = measure(network, caches, works, tokens, trials)
     total = len(works) * trials * len(caches)
     rows = [
@@ -91,9 +95,10 @@ def _print_speed(rows: list[Any]) -> None:
         rows,
         {
             "backend": lambda row: row.backend,
+            "batch": lambda row: str(row.batch),
             "context": lambda row: f"{row.context + row.prompt_tokens:,}",
             "prefill tok/s": lambda row: f"{row.prefill_tps:,.0f}",
-            "decode tok/s": lambda row: f"{row.decode_tps:,.1f}",
+            "decode steps/s": lambda row: f"{row.decode_tps:,.1f}",
             "×": lambda row: f"{row.decode_tps / first[row.context]:.2f}",
             "KV": lambda row: _megabytes(row.kv_bytes),
             "recurrent": lambda row: _megabytes(row.recurrent_bytes),
@@ -124,12 +129,20 @@ def _write(output: Path | None, value: dict[str, Any]) -> None:
 @app.command()
 def quality(
     model: Annotated[str, typer.Argument(help="demo, a folder or a hub name")] = "demo",
-    codecs: Annotated[str, typer.Option(help="specs or keys/values pairs, by commas")] = "",
+    codecs: Annotated[
+        str, typer.Option(help="specs or keys/values pairs, by commas; tq4@0: all tokens coded")
+    ] = "",
+    exact_tokens: Annotated[
+        int, typer.Option(min=0, help="newest tokens that stay exact, beside a query's own block")
+    ] = 128,
     tokens: Annotated[Path | None, typer.Option(help="text as token ids, a .npy file")] = None,
     text: Annotated[Path | None, typer.Option(help="text, a UTF-8 file")] = None,
-    windows: Annotated[int, typer.Option(min=1)] = 6,
-    window_tokens: Annotated[int, typer.Option(min=2)] = 2000,
-    needle_lengths: Annotated[str, typer.Option(help="0: no needles")] = "1000,4000",
+    windows: Annotated[int, typer.Option(min=1)] = 2,
+    window_tokens: Annotated[int, typer.Option(min=2)] = 4000,
+    first: Annotated[
+        int, typer.Option("--from", min=0, help="position in a window from which tokens count")
+    ] = 256,
+    needle_lengths: Annotated[str, typer.Option(help="0: no needles")] = "4000",
     questions: Annotated[int, typer.Option(min=1, max=26, help="needles per length")] = 8,
     seed: int = 0,
     output: Output = None,
@@ -145,7 +158,7 @@ def quality(
         loaded = load_model(model)
         names: list[str] = codecs.replace(",", " ").split() or CODECS
         lengths = tuple(n for n in numbers(needle_lengths) if n)
-        plan = Plan(windows, window_tokens, lengths, questions, seed)
+        plan = Plan(windows, window_tokens, first, lengths, questions, seed, exact_tokens)
         corpus = _corpus(loaded.tokenizer, tokens, text)
         rows: list[dict[str, Any]] = []
         steps = measure(loaded.model, loaded.tokenizer, corpus, names, plan)
@@ -157,6 +170,7 @@ def quality(
         rows,
         {
             "codec": lambda row: row["codec"],
+            "exact": lambda row: "all" if row["exact_tokens"] is None else str(row["exact_tokens"]),
             "bits/value": lambda row: f"{row['bits_per_value']:.3f}",
             "perplexity": lambda row: f"{row['perplexity']:.4f}",
             "change": lambda row: f"{row['perplexity_change']:+.2%}",

@@ -85,7 +85,7 @@ def stats_of(job: Job, cache: list[Any]) -> dict[str, Any]:
         "decode_tokens_per_second": round((job.generated - 1) / (job.ended - job.first_token), 1)
         if job.generated > 1
         else None,
-        "cache_tokens": entries[0].length if entries else 0,
+        "cache_tokens": entries[0].size() if entries else 0,
         "cache_bytes": sum(entry.nbytes for entry in entries),
         "cache_bytes_fp16": sum(entry.nbytes_fp16 for entry in entries),
     }

@@ -17,7 +17,7 @@ from tqstack.sidecar.geometry import UnknownGeometryError
 from tqstack.sidecar.memory import MemoryPlan
 from tqstack.sidecar.model import ModelNotFoundError
 from tqstack.sidecar.planning import plan_model
-from tqstack.sidecar.runtime import Runtime, cache_specs, codec_name, load_runtime
+from tqstack.sidecar.runtime import Runtime, cache_codecs, codec_name, load_runtime
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Loader:
             ModelNotFoundError, BrokenFileError, UnknownGeometryError, SettingsError
         """
         planned = plan_model(self._settings)
-        codec = codec_name(cache_specs(self._settings))
+        codec = codec_name(cache_codecs(self._settings))
         return Facts({**planned.describe(), "compressed_layers": []}, codec, planned.plan)
 
     def load(self) -> Runtime:

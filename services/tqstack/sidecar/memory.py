@@ -15,7 +15,6 @@ from tqstack.sidecar.geometry import Geometry
 
 MIB = 1 << 20
 KEY_TILE = 1024  # of tqstack.attention.tiled
-CACHE_STEP = 256  # tokens by which a cache grows
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,12 @@ def mac(memory: int) -> Machine:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes. `per_token` and `per_token_fp16` are for one token in all softmax layers."""
+    """Bytes. `per_token` and `per_token_fp16` are for one token in all softmax layers.
+
+    Attributes:
+        tail: newest tokens of a sequence that are not compressed, in all softmax layers.
+        padded: sequences of a batch take the longest one's room: mlx-lm's own cache.
+    """
 
     budget: int
     weights: int
@@ -53,10 +57,12 @@ class MemoryPlan:
     per_token_fp16: int
     recurrent: int
     workspace: int
+    tail: int = 0
+    padded: bool = False
 
     def request_bytes(self, tokens: int) -> int:
         """One sequence of `tokens`: its keys and values, and its recurrent state."""
-        return tokens * self.per_token + self.recurrent
+        return tokens * self.per_token + self.tail + self.recurrent
 
     def total(self, tokens: int, held: int = 0) -> int:
         """All that is needed for a sequence of `tokens` beside `held` bytes of other sequences."""
@@ -66,9 +72,10 @@ class MemoryPlan:
         return self.total(tokens, held) <= self.budget
 
     def fits_together(self, lengths: Sequence[int], held: int = 0, prefills: int = 1) -> bool:
-        """Whether sequences of these lengths fit as one batch, where each takes the longest's
-        room, beside `held` bytes. `prefills` of them have prompts processed, in one step."""
-        batch = len(lengths) * self.request_bytes(max(lengths)) + prefills * self.workspace
+        """Whether sequences of these lengths fit as one batch beside `held` bytes. `prefills` of
+        them have prompts processed, in one step."""
+        taken = [max(lengths)] * len(lengths) if self.padded else lengths
+        batch = sum(map(self.request_bytes, taken)) + prefills * self.workspace
         return self.weights + held + batch <= self.budget
 
     def max_tokens(self, held: int = 0) -> int:
@@ -91,17 +98,24 @@ def prefill_workspace(geometry: Geometry, machine: Machine) -> int:
     attention = 4 * g.query_heads * step * (3 * KEY_TILE + 4 * g.head_dim)
     recurrence = 4 * step * 24 * g.recurrence
     feed_forward = machine.value_bytes * step * (4 * g.hidden + 3 * g.feed_forward)
-    return attention + recurrence + feed_forward + 16 * MIB
+    # The step's keys and values are exact until its last block is packed.
+    exact = machine.value_bytes * step * len(g.softmax_layers) * 2 * g.kv_heads * g.head_dim
+    return attention + recurrence + feed_forward + exact + 16 * MIB
 
 
 def geometric_plan(
-    geometry: Geometry, vector_bytes: Sequence[int], weights: int, machine: Machine
+    geometry: Geometry,
+    vector_bytes: Sequence[int],
+    weights: int,
+    machine: Machine,
+    tail_tokens: int = 0,
 ) -> MemoryPlan:
     """The plan of a model that has not been loaded.
 
     Args:
         vector_bytes: bytes of a stored key and a stored value together, of each softmax layer.
         weights: bytes of the weights once loaded.
+        tail_tokens: newest tokens of a sequence that are not compressed; 0: nothing is.
     """
     g, value_bytes = geometry, machine.value_bytes
     windows = g.layers.count("window") * g.window * 2 * g.kv_heads * g.head_dim
@@ -113,4 +127,6 @@ def geometric_plan(
         per_token_fp16=len(vector_bytes) * g.kv_heads * 2 * 2 * g.head_dim,
         recurrent=states + value_bytes * windows,
         workspace=prefill_workspace(g, machine),
+        tail=tail_tokens * len(vector_bytes) * g.kv_heads * 2 * g.head_dim * value_bytes,
+        padded=not tail_tokens,
     )

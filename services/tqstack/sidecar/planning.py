@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqstack.attention.hybrid import layer_bits
-from tqstack.attention.specs import codec_specs
+from tqstack.attention.blocks import BLOCK_TOKENS
+from tqstack.attention.hybrid import layer_codecs
+from tqstack.attention.tail import tail_slots
 from tqstack.settings import Settings
 from tqstack.sidecar.geometry import Geometry, read_geometry, weight_bytes
 from tqstack.sidecar.memory import Machine, MemoryPlan, geometric_plan
 from tqstack.sidecar.model import ModelNotFoundError, resolve
-from tqstack.sidecar.runtime import cache_specs, this_machine
+from tqstack.sidecar.runtime import cache_codecs, this_machine
 from tqstack.sidecar.safetensors import model_tensors
-from tqstack.turboquant.codec import make_codec
+from tqstack.turboquant.codec import Codec
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def plan_config(
     """Plan a model of this config, whose weights take so many bytes once loaded."""
     geometry = read_geometry(config)
     stored = vector_bytes(settings, geometry, machine)
-    plan = geometric_plan(geometry, stored, weights, machine)
+    tail = tail_slots(settings.tq_exact_tokens, BLOCK_TOKENS) if cache_codecs(settings) else 0
+    plan = geometric_plan(geometry, stored, weights, machine, tail)
     return Planned(model_id, geometry, plan)
 
 
@@ -91,15 +93,15 @@ def model_folder(name: str) -> tuple[str, Path]:
 
 def vector_bytes(settings: Settings, geometry: Geometry, machine: Machine) -> list[int]:
     """Bytes of a stored key and value together, of each softmax layer."""
-    count, specs = len(geometry.softmax_layers), cache_specs(settings)
-    if specs is None:
+    count, codecs = len(geometry.softmax_layers), cache_codecs(settings)
+    if codecs is None:
         return [2 * geometry.head_dim * machine.value_bytes] * count
-    layers = layer_bits(count, "/".join(specs), settings.tq_boundary_layers)
     return [
-        sum(codec_bytes(spec, geometry.head_dim) for spec in codec_specs(bits)) for bits in layers
+        sum(map(codec_bytes, pair.codecs(geometry.head_dim, geometry.head_dim)))
+        for pair in layer_codecs(count, codecs, settings.tq_boundary_layers)
     ]
 
 
-def codec_bytes(spec: str, head_dim: int) -> int:
+def codec_bytes(codec: Codec) -> int:
     """Bytes of one stored vector."""
-    return sum(width * dtype.size for width, dtype in make_codec(spec, head_dim).plane_shapes())
+    return sum(width * dtype.size for width, dtype in codec.plane_shapes())

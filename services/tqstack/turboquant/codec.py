@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import mlx.core as mx
@@ -95,11 +97,16 @@ def make_codec(spec: str, dim: int) -> Codec:
     """
     if dim <= 0 or dim % 8:
         raise ValueError(f"head_dim is {dim}; codecs take positive multiples of 8")
+    return codec_maker(spec)(dim)
+
+
+def codec_maker(spec: str) -> Callable[[int], Codec]:
+    """What makes the codec of `spec` for a head_dim; ValueError if no codec has such a spec."""
     if spec == "none":
-        return Uncompressed(dim)
+        return Uncompressed
     for pattern, make in _FAMILIES:
         if match := pattern.fullmatch(spec):
-            return make(dim, **{k: v for k, v in match.groupdict().items() if v is not None})
+            return partial(make, **{k: v for k, v in match.groupdict().items() if v is not None})
     raise ValueError(f"codec spec {spec!r} is unknown; examples: tq4, tq3-g64, tq4-qr, none")
 
 

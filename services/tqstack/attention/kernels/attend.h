@@ -1,33 +1,19 @@
 // Attention of up to 8 query rows over packed keys and values: a split of the keys per block.
 //
-// A warp takes 16 keys at a time. It reads their codes, looks up halves, and multiplies them as
-// 16 x 16 tiles by the queries, which are the 8 columns: all query heads of a KV head share what
-// was decoded once. A dot product does not mind which 16 dimensions form a tile, so every lane
-// takes those that lie side by side in its own words. Values go the same way, transposed.
+// A warp takes 16 keys at a time, all of one block of packed tokens. It reads their codes, looks up
+// halves, and multiplies them as 16 x 16 tiles by the queries, which are the 8 columns: all query
+// heads of a KV head share what was decoded once. A dot product does not mind which 16 dimensions
+// form a tile, so every lane takes those that lie side by side in its own words. Values go the same
+// way, transposed.
 //
 // Queries are split into two halves each (high and low), keys and values are halves by nature, so
 // only the softmax weights are rounded. They are kept as w = p * scale of the value, relative to
 // the largest one, to use a half's range whatever the values' units; p is summed in float32. A
 // scale may be negative: trellis codes say in its sign that a vector is stored mirrored.
 
-CONST int WARPS = 4;
-CONST int THREADS = 32 * WARPS;
 CONST int TILE = 16;             // keys per warp and step
-CONST int COLUMNS = 8;           // query rows per block
-CONST float FLOOR = -1e30f;      // below every score, and finite
+CONST int STEP = WARPS * TILE;   // keys from one of a warp's tiles to the next
 CONST float SMALLEST = 6e-8f;    // about the smallest half above zero
-CONST float LOG2_E = 1.44269504f;
-
-// What changes from call to call.
-struct Call {
-  int batch, kv_heads, capacity, stop;
-  int splits, share;  // blocks per sequence, and how many keys each of them takes
-  int rows;          // query rows per KV head: query heads that share it * query tokens
-  int query_tokens;  // the last of them is token stop - 1
-  int causal, window;
-  int mask_strides[4];  // batch, query head, query token, key
-  float scale;
-};
 
 template <int DK, int DV, int KB, int VB, int KW, int VW, int KG, int VG,
           bool ONE_TABLE>
@@ -107,29 +93,29 @@ FN void prepare_queries(IN(Q) queries, IN(float) signs, int rows, SHARED(word) m
   block_sync();
 }
 
-// One lane's words of ROWS rows of a plane, for every group.
+// One lane's words of a tile, of these rows behind the one whose span is `at` bytes into a block.
 template <typename L, int GROUPS, int ROWS>
-FN void read_codes(IN(word) plane, const LOCAL size_t (&rows)[ROWS], int lane, size_t last,
+FN void read_codes(IN(word) block, word at, const LOCAL int (&rows)[ROWS], int lane,
                    LOCAL word (&words)[ROWS][GROUPS][L::WORDS]) {
   UNROLL for (int i = 0; i < ROWS; i++)
     UNROLL for (int g = 0; g < GROUPS; g++)
-      L::read(plane, rows[i], g, lane, last, words[i][g]);
+      L::read(block, at, rows[i] * L::ROW_BYTES + g * L::GROUP_BYTES, lane, words[i][g]);
 }
 
 // Prefetches what a warp will read of a plane two steps later. The compiler has no registers to
 // keep more loads than those of one step in flight.
-template <int BYTES, typename T>
-FN void prefetch_tile(IN(T) plane, size_t row, int lane) {
+template <int BYTES>
+FN void prefetch_tile(IN(word) block, word plane, word first, int lane) {
   UNROLL for (int at = 0; at < TILE * BYTES; at += 32 * 128)
     if (at + lane * 128 < TILE * BYTES)
-      prefetch(plane + (row * BYTES + at + lane * 128) / sizeof(T));
+      prefetch(block + (plane + first * BYTES + lane * 128) / 4 + at / 4);
 }
 
-template <int DK, int DV, int KB, int VB, int KW, int VW, int KG, int VG,
-          bool ONE_TABLE, bool ROTATE, bool MASKED, typename Q, typename M>
-FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t) value_scales,
-               IN(word) key_entries, IN(word) value_entries, IN(Q) queries, IN(float) signs,
-               IN(M) mask, IN(int) starts, IN(Call) call, OUT(float) parts, OUT(float) stats,
+template <int DK, int DV, int KB, int VB, int KW, int VW, int KG, int VG, bool ONE_TABLE,
+          bool ROTATE, bool MASKED, int BLOCK, int SLABS, typename Q, typename M>
+FN void attend(const LOCAL Slabs<SLABS>& slabs, IN(int) table, IN(word) key_entries,
+               IN(word) value_entries, IN(Q) queries, IN(float) signs, IN(M) mask,
+               IN(Extent) extents, IN(Call) call, OUT(float) parts, OUT(float) stats,
                SHARED(word) memory, int tid, int split, int tile, int head) {
   typedef Attend<DK, DV, KB, VB, KW, VW, KG, VG, ONE_TABLE> A;
   typedef typename A::K K;
@@ -138,38 +124,45 @@ FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t)
   typedef typename A::ValueTable ValueTable;
   const int lane = tid % 32, warp = tid / 32;
   const int row = fragment_row(lane), pair = fragment_pair(lane);
-  const int capacity = call->capacity, stop = call->stop, tokens = call->query_tokens;
-  const int rows = call->rows - tile * COLUMNS;  // those of this block
-  const int batch = head / call->kv_heads;
-  const size_t first_row = size_t(head) * capacity;
-
-  int begin = starts[batch];
-  if (call->window) begin = max(begin, stop - tokens - call->window + 1);
-  begin += split * call->share;
-  const int end = min(begin + call->share, stop);
-  const int tiles = (call->rows + COLUMNS - 1) / COLUMNS;
-  const size_t part = (size_t(head) * tiles + tile) * call->splits + split;
-  parts += part * COLUMNS * DV;
-  stats += part * COLUMNS * 2;
+  const int kv_heads = call->kv_heads, batch = head / kv_heads;
+  const Extent extent = extents[batch];
+  const int begin = first_seen(call, extent) / TILE * TILE + split * call->share;
+  const int end = min(begin + call->share, packed_limit<BLOCK>(call, extent, extent.length - 1));
   if (begin >= end) {  // a sequence shorter than the others; `merge` then leaves its part unread
     if (tid < COLUMNS * 2) stats[tid] = tid < COLUMNS ? FLOOR : 0.0f;
     return;
   }
-  // The codes of the first keys are asked for before anything else: rows `row` and row + 8.
-  const size_t plane_rows = size_t(call->batch) * call->kv_heads * capacity;
-  const size_t last_key = (plane_rows * K::ROW_BYTES + 3) / 4 - 1;
-  const size_t last_value = (plane_rows * V::ROW_BYTES + 3) / 4 - 1;
-  size_t key_rows[2], value_rows[4];
+  // Where this head's codes and scales are in a block, in bytes.
+  const word own = head % kv_heads * BLOCK, all = kv_heads * BLOCK;
+  const word key_plane = own * K::ROW_BYTES;
+  const word key_scale_plane = all * K::ROW_BYTES + own * (2 * KG);
+  const word value_plane = all * (K::ROW_BYTES + 2 * KG) + own * V::ROW_BYTES;
+  const word value_scale_plane =
+      all * (K::ROW_BYTES + 2 * KG + V::ROW_BYTES) + own * (2 * VG);
+  const int block_words = all * (K::ROW_BYTES + 2 * KG + V::ROW_BYTES + 2 * VG) / 4;
+  // What a lane reads of a tile: of keys rows `row` and row + 8, of values those around 2 * pair.
+  const int key_rows[2] = {0, 8}, value_rows[4] = {0, 1, 8, 9};
+  const word key_lane = key_plane + row * K::ROW_BYTES + pair * K::SPAN_BYTES;
+  const word value_lane = value_plane + 2 * pair * V::ROW_BYTES + row * V::SPAN_BYTES;
+  const word key_scale_lane = key_scale_plane / 2 + row * KG;  // in halves
+  const word value_scale_lane = value_scale_plane / 2 + row * VG;
+  // The codes of the first keys are asked for before anything else. Ids of blocks are read three
+  // steps ahead, so that no address waits for one.
+  table += size_t(batch) * call->capacity;
+  const int start = begin + warp * TILE;
+  IN(word) here = block_row(slabs, table[min(start, end - 1) / BLOCK], block_words);
+  IN(word) next = block_row(slabs, table[min(start + STEP, end - 1) / BLOCK], block_words);
+  int id_after = table[min(start + 2 * STEP, end - 1) / BLOCK];
   word key_codes[2][KG][K::WORDS], value_codes[4][VG][V::WORDS];
-  UNROLL for (int i = 0; i < 2; i++)
-    key_rows[i] = first_row + min(begin + warp * TILE + row + 8 * i, stop - 1);
-  if (begin + warp * TILE < end) read_codes<K, KG, 2>(keys, key_rows, pair, last_key, key_codes);
+  const word first_key = word(start) % BLOCK;
+  if (start < end)
+    read_codes<K, KG, 2>(here, key_lane + first_key * K::ROW_BYTES, key_rows, pair, key_codes);
 
   fill_table<KeyTable, THREADS>(memory, key_entries, tid);
   if (!ONE_TABLE)
     fill_table<ValueTable, THREADS>(memory + A::VALUE_TABLE, value_entries, tid);
   queries += (size_t(head) * call->rows + tile * COLUMNS) * DK;
-  prepare_queries<A, DK, ROTATE>(queries, signs, rows, memory, tid);
+  prepare_queries<A, DK, ROTATE>(queries, signs, call->rows - tile * COLUMNS, memory, tid);
   SHARED(float) sizes = (SHARED(float))memory + A::SIZES;
   SHARED(const word) right = memory + A::QUERIES + lane * 4;
   word factors[A::PRODUCTS][4];
@@ -180,16 +173,12 @@ FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t)
   float factor[2];
   size_t mask_row[2];
   UNROLL for (int e = 0; e < 2; e++) {
-    int column = 2 * pair + e, index = tile * COLUMNS + column;
-    int token = index % tokens, query_head = head % call->kv_heads * (call->rows / tokens);
-    query_head += index / tokens;
-    int self = stop - tokens + token;
-    upper[e] = column >= rows ? -1 : call->causal ? self + 1 : stop;
-    lower[e] = call->window ? self - call->window + 1 : 0;
+    const int column = 2 * pair + e;
+    const Seen seen = seen_by<BLOCK>(call, extent, head, tile * COLUMNS + column);
+    lower[e] = seen.lower;
+    upper[e] = min(seen.upper, seen.limit);
+    mask_row[e] = seen.mask_row;
     factor[e] = sizes[column] * call->scale * LOG2_E;
-    mask_row[e] = size_t(batch) * call->mask_strides[0] +
-                  size_t(query_head) * call->mask_strides[1] +
-                  size_t(token) * call->mask_strides[2];
   }
   float m[2] = {FLOOR, FLOOR}, l[2] = {0, 0}, sum[VG * A::PAIRS][4];
   UNROLL for (int i = 0; i < VG * A::PAIRS; i++)
@@ -197,24 +186,26 @@ FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t)
   const word key_copy = lane % KeyTable::COPIES * 4;
   const word value_copy = lane % ValueTable::COPIES * 4;
 
-  for (int base = begin + warp * TILE; base < end; base += WARPS * TILE) {
-    UNROLL for (int i = 0; i < 4; i++)
-      value_rows[i] = first_row + min(base + 2 * pair + i % 2 + i / 2 * 8, stop - 1);
-    read_codes<V, VG, 4>(values, value_rows, row, last_value, value_codes);
-    if (base + 3 * WARPS * TILE < end) {
-      const size_t ahead = first_row + base + 2 * WARPS * TILE;
-      prefetch_tile<K::ROW_BYTES>(keys, ahead, lane);
-      prefetch_tile<V::ROW_BYTES>(values, ahead, lane);
-      prefetch_tile<2 * KG>(key_scales, ahead, lane);
-      prefetch_tile<2 * VG>(value_scales, ahead, lane);
+  for (int base = start; base < end; base += STEP) {
+    const word first = word(base) % BLOCK;  // key of a block
+    read_codes<V, VG, 4>(here, value_lane + first * V::ROW_BYTES, value_rows, row, value_codes);
+    IN(word) after = block_row(slabs, id_after, block_words);
+    id_after = table[word(min(base + 3 * STEP, end - 1)) / BLOCK];
+    if (base + 2 * STEP < end) {
+      const word ahead = word(base + 2 * STEP) % BLOCK;
+      prefetch_tile<K::ROW_BYTES>(after, key_plane, ahead, lane);
+      prefetch_tile<V::ROW_BYTES>(after, value_plane, ahead, lane);
+      prefetch_tile<2 * KG>(after, key_scale_plane, ahead, lane);
+      prefetch_tile<2 * VG>(after, value_scale_plane, ahead, lane);
     }
 
     float key_scale[2][KG], value_scale[2][VG];
+    IN(half_t) key_scales = (IN(half_t))here + (key_scale_lane + first * KG);
+    IN(half_t) value_scales = (IN(half_t))here + (value_scale_lane + first * VG);
     UNROLL for (int i = 0; i < 2; i++) {
-      UNROLL for (int g = 0; g < KG; g++)
-        key_scale[i][g] = to_float(key_scales[key_rows[i] * KG + g]);
+      UNROLL for (int g = 0; g < KG; g++) key_scale[i][g] = to_float(key_scales[8 * i * KG + g]);
       UNROLL for (int g = 0; g < VG; g++)
-        value_scale[i][g] = to_float(value_scales[key_rows[i] * VG + g]);
+        value_scale[i][g] = to_float(value_scales[8 * i * VG + g]);
     }
 
     // Scores of keys row (0, 1) and row + 8 (2, 3) with columns 2 * pair (0, 2) and the next.
@@ -243,7 +234,7 @@ FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t)
     float peak[2] = {FLOOR, FLOOR};
     UNROLL for (int i = 0; i < 4; i++) {
       int e = i % 2, key = base + row + i / 2 * 8;
-      bool seen = key < min(upper[e], end) && key >= lower[e];
+      bool seen = key < upper[e] && key >= lower[e];
       score[i] = score[i] * factor[e] + logarithm[i / 2];
       if (MASKED) {
         if (seen) {
@@ -255,10 +246,11 @@ FN void attend(IN(word) keys, IN(half_t) key_scales, IN(word) values, IN(half_t)
       score[i] = seen ? score[i] : 2 * FLOOR;
       peak[e] = fmax(peak[e], score[i]);
     }
-    UNROLL for (int i = 0; i < 2; i++)
-      key_rows[i] = first_row + min(base + WARPS * TILE + row + 8 * i, stop - 1);
-    if (base + WARPS * TILE < end)
-      read_codes<K, KG, 2>(keys, key_rows, pair, last_key, key_codes);
+    const word first_next = word(base + STEP) % BLOCK;
+    if (base + STEP < end)
+      read_codes<K, KG, 2>(next, key_lane + first_next * K::ROW_BYTES, key_rows, pair, key_codes);
+    here = next;
+    next = after;
 
     float decay[2], weight[4];
     UNROLL for (int e = 0; e < 2; e++) {

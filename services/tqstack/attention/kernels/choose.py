@@ -1,122 +1,92 @@
-"""Kernel or plain operations: a kernel runs where it can, and only after it agreed with its twin.
-
-The first use of a pair of codecs compares both on random numbers, on this machine. A kernel that
-does not compile, or disagrees, is switched off with a warning, and `tqstack doctor` says why.
-"""
+"""Attention by kernel or by plain operations: the kernel serves short queries, where it agreed with
+its twin on this machine (`trust.py`)."""
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 
-from tqstack.attention.kernels import decode, encode, trellis_search
-from tqstack.attention.kernels.program import backend, fault
+from tqstack.attention.blocks import BlockLayout, Stored
+from tqstack.attention.kernels import decode
+from tqstack.attention.kernels.trust import check, distance, random, trusted
 from tqstack.attention.tiled import tiled_attention
-from tqstack.turboquant.codec import Codec
-from tqstack.turboquant.trellis import TrellisCodec
-
-TOLERANCE = 1e-3  # relative error of an output against the twin
-Planes = tuple[mx.array, ...]
-
-
-def encode_pair(
-    keys: mx.array, values: mx.array, key_codec: Any, value_codec: Any
-) -> tuple[Planes, Planes]:
-    """Compress (B, KV heads, L, head_dim) keys and values."""
-    if encode.serves(key_codec, value_codec) and trusted("encode", key_codec, value_codec):
-        return encode.encode(keys, values, key_codec, value_codec)
-    return _encode(keys, key_codec), _encode(values, value_codec)
-
-
-def _encode(x: mx.array, codec: Any) -> Planes:
-    if x.size and isinstance(codec, TrellisCodec) and trusted("search", codec, codec):
-        return trellis_search.encode(codec, x)
-    return codec.encode(x)
 
 
 def attention(
     queries: mx.array,
-    keys: Planes,
-    values: Planes,
-    key_codec: Any,
-    value_codec: Any,
-    **options,
+    stored: Stored,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
 ) -> mx.array:
     """`tiled_attention`, through the decode kernel where the query is short enough for it."""
-    short = queries.shape[2] <= decode.MAX_QUERY_TOKENS
-    served = short and decode.serves(key_codec, value_codec)
-    if served and trusted("decode", key_codec, value_codec):
-        return decode.decode_attention(queries, keys, values, key_codec, value_codec, **options)
-    return tiled_attention(queries, keys, values, key_codec, value_codec, **options)
+    run = tiled_attention
+    if _is_short(queries, stored) and trusted("decode", *_variant(queries, stored, mask, sinks)):
+        run = decode.decode_attention
+    return run(queries, stored, scale=scale, mask=mask, sinks=sinks)
 
 
-def trusted(kernel: str, key_codec: Codec, value_codec: Codec) -> bool:
-    """Whether this machine has a GPU whose kernel agrees with its twin: "encode", "search" (of
-    trellis codes) or "decode"."""
-    return backend() is not None and disagreement(kernel, key_codec, value_codec) is None
+def _is_short(queries: mx.array, stored: Stored) -> bool:
+    L = queries.shape[2]
+    return (
+        L <= decode.MAX_QUERY_TOKENS
+        and isinstance(stored.tail_keys, mx.array)
+        and all(count == L for count in stored.counts)
+        and decode.serves(stored.layout.key_codec, stored.layout.value_codec)
+    )
 
 
-def report(key_codec: Codec, value_codec: Codec) -> dict[str, str | None]:
-    """The kernels that can serve these codecs on this machine's GPU, each with why it is switched
-    off, or None where it runs. Empty without a GPU."""
-    codecs = (key_codec, value_codec)
-    served = {
-        "encode": encode.serves(*codecs),
-        "search": all(isinstance(codec, TrellisCodec) for codec in codecs),
-        "decode": decode.serves(*codecs),
+def _variant(queries: mx.array, stored: Stored, mask: Any, sinks: Any) -> tuple[Any, ...]:
+    """What the kernel is compiled for: layout, query heads, types, several tokens, mask, sinks."""
+    masked = None if mask is None or isinstance(mask, str) else mask.dtype == mx.bool_
+    types = queries.dtype, stored.tail_keys.dtype  # pyright: ignore[reportAttributeAccessIssue]
+    several = queries.shape[2] > 1
+    return stored.layout, queries.shape[1], *types, several, masked, sinks is not None
+
+
+@check("decode")
+def _decode_error(
+    layout: BlockLayout,
+    heads: int,
+    dtype: mx.Dtype,
+    tail_dtype: mx.Dtype,
+    several: bool,
+    masked: bool | None,
+    with_sinks: bool,
+) -> float:
+    """Relative distance of kernel and twin over two sequences, one with packed blocks and a tail,
+    one with a tail alone."""
+    block, tokens = layout.block_tokens, 3 if several else 1
+    length = 3 * block + 1  # the queries of several tokens cross the edge of a block
+    dims = layout.key_codec.dim, layout.value_codec.dim
+    keys, values = (random(2, layout.kv_heads, length, d, seed=i) for i, d in enumerate(dims))
+    tails = [mx.concatenate([x[:1, :, block:], x[1:, :, :-block]]) for x in (keys, values)]
+    stored = Stored(
+        layout,
+        slabs=(layout.pack(keys[:1, :, : 2 * block], values[:1, :, : 2 * block]),),
+        tables=((0, 1), ()),
+        tail_keys=tails[0].astype(tail_dtype),
+        tail_values=tails[1].astype(tail_dtype),
+        starts=(block, 0),
+        lengths=(length, 5),
+        counts=(tokens, tokens),
+        exact_tokens=block,
+    )
+    mask: Any = "causal"
+    if masked is not None:
+        noise = random(2, 1, tokens, length, seed=3)
+        mask = noise > -1 if masked else noise
+    options = {
+        "scale": dims[0] ** -0.5,
+        "mask": mask,
+        "sinks": random(heads, seed=4) if with_sinks else None,
     }
-    names = [name for name, able in served.items() if able and backend() is not None]
-    return {name: disagreement(name, *codecs) for name in names}
-
-
-@lru_cache(maxsize=64)
-def disagreement(kernel: str, key_codec: Codec, value_codec: Codec) -> str | None:
-    """Why the kernel must not be used for these codecs, or None. Needs a GPU."""
-    check = {"encode": _encode_error, "search": _search_error, "decode": _decode_error}[kernel]
-    name = f"{kernel} kernel for keys {key_codec.spec} and values {value_codec.spec}"
-    return fault(name, lambda: check(key_codec, value_codec), TOLERANCE)
-
-
-def _random(*shape: int, seed: int) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed))
-
-
-def _encode_error(key_codec: Any, value_codec: Any) -> float:
-    """How much farther from the vectors the kernel's encoding is than the twin's, or nearer.
-
-    Single codes may differ: a value next to a boundary between two is as near to either.
-    """
-    keys, values = (_random(1, 2, 64, c.dim, seed=c.dim) for c in (key_codec, value_codec))
-    planes = encode.encode(keys, values, key_codec, value_codec)
-    errors = [
-        _distance(codec.decode(got), codec.rotate(x))
-        - _distance(codec.decode(codec.encode(x)), codec.rotate(x))
-        for codec, x, got in zip((key_codec, value_codec), (keys, values), planes, strict=True)
-    ]
-    return max(errors, key=abs)
-
-
-def _search_error(codec: Any, _: Any) -> float:
-    """How much farther from the vectors the kernel's codes are than the twin's, or nearer."""
-    x = _random(64, codec.dim, seed=codec.dim)
-    got, want = trellis_search.encode(codec, x), codec.encode(x)
-    rotated = codec.rotate(x)
-    return _distance(codec.decode(got), rotated) - _distance(codec.decode(want), rotated)
-
-
-def _decode_error(key_codec: Any, value_codec: Any) -> float:
-    """Relative distance of both attentions over 200 keys, with 8 query heads per KV head."""
-    keys = key_codec.encode(_random(1, 2, 200, key_codec.dim, seed=1))
-    values = value_codec.encode(_random(1, 2, 200, value_codec.dim, seed=2))
-    queries = _random(1, 16, 2, key_codec.dim, seed=3)
-    options = {"length": 200, "scale": key_codec.dim**-0.5, "mask": "causal"}
-    got = decode.decode_attention(queries, keys, values, key_codec, value_codec, **options)
+    queries = random(2, heads, tokens, dims[0], seed=5).astype(dtype)
+    got = decode.decode_attention(queries, stored, **options)
     with mx.stream(mx.cpu):  # GPUs round the factors of float32 products to 10 bits
-        want = tiled_attention(queries, keys, values, key_codec, value_codec, **options)
-    return _distance(got, want)
-
-
-def _distance(got: mx.array, want: mx.array) -> float:
-    return (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()  # pyright: ignore
+        want = tiled_attention(queries.astype(mx.float32), stored, **options)
+    # The answer comes back in the model's own type, which may have 8 bits.
+    rounding = distance(want.astype(dtype), want)
+    return max(0.0, distance(got, want) - 2 * rounding)

@@ -19,6 +19,7 @@
 #define LOCAL
 #define UNROLL
 #define UNROLL_8
+#define LOOP
 
 #define CONST static constexpr
 

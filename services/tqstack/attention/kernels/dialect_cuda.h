@@ -10,6 +10,7 @@
 #define LOCAL
 #define UNROLL _Pragma("unroll")
 #define UNROLL_8 _Pragma("unroll 8")
+#define LOOP _Pragma("unroll 1")
 
 #define CONST static constexpr
 
@@ -75,25 +76,26 @@ FN void read_shared_4(const word* from, word (&to)[4]) {
 // Asks for 128 bytes to be brought to the cache, and waits for nothing.
 FN void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
-// N words, WIDTH (1, 2 or 4) of them at a time.
+// N words of a kernel's input, WIDTH (1, 2 or 4) of them at a time. __ldg: the compiler sees no
+// longer that it is an input once a pointer was chosen among several.
 template <int N, int WIDTH>
 FN void read_words(IN(word) from, word (&to)[N]) {
   if constexpr (WIDTH % 4 == 0 && N % 4 == 0) {
     UNROLL for (int i = 0; i < N; i += 4) {
-      uint4 x = *reinterpret_cast<const uint4*>(from + i);
+      uint4 x = __ldg(reinterpret_cast<const uint4*>(from + i));
       to[i] = x.x, to[i + 1] = x.y, to[i + 2] = x.z, to[i + 3] = x.w;
     }
   } else if constexpr (WIDTH % 2 == 0 && N % 2 == 0) {
     UNROLL for (int i = 0; i < N; i += 2) {
-      uint2 x = *reinterpret_cast<const uint2*>(from + i);
+      uint2 x = __ldg(reinterpret_cast<const uint2*>(from + i));
       to[i] = x.x, to[i + 1] = x.y;
     }
   } else {
-    UNROLL for (int i = 0; i < N; i++) to[i] = from[i];
+    UNROLL for (int i = 0; i < N; i++) to[i] = __ldg(from + i);
   }
 }
 
-// N values of any float type, at an address that is a multiple of 16 bytes.
+// N values of any float type, at an address that is a multiple of their size, up to 16 bytes.
 template <int N, typename T>
 FN void read_values(IN(T) from, float (&to)[N]) {
   constexpr int WORDS = N * sizeof(T) / 4;

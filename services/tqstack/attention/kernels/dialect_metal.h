@@ -12,6 +12,7 @@ using namespace metal;
 #define LOCAL thread
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define UNROLL_8 _Pragma("clang loop unroll_count(8)")
+#define LOOP _Pragma("clang loop unroll(disable)")
 
 #define CONST static constant constexpr const
 

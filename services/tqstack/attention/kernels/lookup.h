@@ -59,28 +59,29 @@ struct Layout {
   CONST int OWN = (SPAN_BYTES + 3) / 4;
   CONST int WORDS = WINDOW ? (SPAN_BYTES + 4) / 4 : OWN;  // trellis: and a byte that follows
 
-  // The words of a lane. last: index of the plane's last word; nothing behind it is read.
-  FN static void read(IN(word) plane, size_t row, int group, int lane, size_t last,
+  // The words of a lane, whose span of some row and group begins `at` bytes into a block, in a row
+  // and group that begin `offset` bytes later. Addresses then differ by constants. It may read up
+  // to 68 bytes behind the last row, where a block has scales.
+  FN static void read(IN(word) block, word at, int offset, int lane,
                       LOCAL word (&words)[WORDS]) {
-    const size_t start = row * ROW_BYTES + group * GROUP_BYTES;
-    const size_t first = start + lane * SPAN_BYTES;
+    const word first = at + offset;
     word own[OWN];
     if (ALIGN >= 4) {
-      read_words<OWN, ALIGN / 4>(plane + first / 4, own);
+      read_words<OWN, ALIGN / 4>(block + at / 4 + offset / 4, own);
     } else {
-      size_t index = first / 4;
-      int shift = first % 4 * 8;
-      word x = plane[index < last ? index : last];
+      const word index = first / 4;
+      const int shift = first % 4 * 8;
+      word x = block[index];
       UNROLL for (int i = 0; i < OWN; i++) {
-        word next = plane[index + i < last ? index + i + 1 : last];
+        word next = block[index + i + 1];
         own[i] = funnel_shift(x, next, shift);
         x = next;
       }
     }
     UNROLL for (int i = 0; i < OWN; i++) words[i] = own[i];
     if (WINDOW) {
-      const size_t next = lane + 1 < LANES ? first + SPAN_BYTES : start;
-      const word follows = plane[next / 4] >> (next % 4 * 8) & 255;
+      const word next = lane + 1 < LANES ? first + SPAN_BYTES : first - lane * SPAN_BYTES;
+      const word follows = block[next / 4] >> (next % 4 * 8) & 255;
       constexpr int at = SPAN_BYTES / 4, shift = SPAN_BYTES % 4 * 8;
       const word kept = shift ? own[OWN - 1] & ((1u << shift) - 1) : 0;
       words[at] = kept | (follows << shift);

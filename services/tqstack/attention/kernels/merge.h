@@ -1,4 +1,7 @@
-// The splits of `attend` into one result, rotated back: a block of MERGERS threads per query row.
+// The splits of `attend_exact` and `attend` into one result: a block of MERGERS threads per query
+// row. Sums over packed values are in the rotated domain and are rotated back here; exact ones come
+// first and are as the model made them. Where this cannot be done here (no ROTATE), both are given
+// out, in float32: packed ones behind the exact ones of all rows.
 
 CONST int MERGERS = 512;  // and no more splits than that
 
@@ -7,17 +10,19 @@ struct Merge {
   CONST int WIDTH = (DV + 127) / 128 * 32;  // threads that share a split, four values each
   CONST int GROUPS = MERGERS / WIDTH;       // splits that are read side by side
   CONST int VALUES = WIDTH * 4;
-  CONST int SHARED_WORDS = MERGERS + GROUPS * VALUES + 2 * (MERGERS / 32);
+  CONST int SUMS = GROUPS * VALUES;
+  CONST int SHARED_WORDS = MERGERS + 2 * SUMS + 2 * (MERGERS / 32);
 };
 
 template <int DV, bool SINKS, bool ROTATE, typename T>
 FN void merge(IN(float) parts, IN(float) stats, IN(float) sinks, IN(float) signs, IN(Call) call,
               OUT(T) out, SHARED(float) decays, int tid, int index, int head) {
   typedef Merge<DV> S;
-  SHARED(float) sums = decays + MERGERS;
-  SHARED(float) peaks = sums + S::GROUPS * S::VALUES;  // of every warp
+  SHARED(float) sums = decays + MERGERS;     // exact ones, then packed ones
+  SHARED(float) peaks = sums + 2 * S::SUMS;  // of every warp
   SHARED(float) totals = peaks + MERGERS / 32;
-  const int lane = tid % 32, warp = tid / 32, splits = call->splits;
+  const int lane = tid % 32, warp = tid / 32;
+  const int exact = call->exact_splits, splits = exact + call->splits;
   const int column = index % COLUMNS, tiles = (call->rows + COLUMNS - 1) / COLUMNS;
   const size_t part = (size_t(head) * tiles + index / COLUMNS) * splits;
   parts += (part * COLUMNS + column) * DV;
@@ -36,7 +41,7 @@ FN void merge(IN(float) parts, IN(float) stats, IN(float) sinks, IN(float) signs
   block_sync();
 
   const int group = tid / S::WIDTH, d = tid % S::WIDTH * 4;
-  float sum[4] = {0, 0, 0, 0};
+  float sum[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
   if (group < S::GROUPS && d < DV)
     for (int first = group; first < splits; first += 8 * S::GROUPS) {
       float x[8][4];  // eight splits are read at once, and the reads waited for together
@@ -48,31 +53,46 @@ FN void merge(IN(float) parts, IN(float) stats, IN(float) sinks, IN(float) signs
       }
       UNROLL for (int j = 0; j < 8; j++) {
         const int i = first + j * S::GROUPS;
-        UNROLL for (int k = 0; k < 4; k++) sum[k] += x[j][k] * decays[i < splits ? i : 0];
+        const float decay = decays[i < splits ? i : 0];
+        UNROLL for (int k = 0; k < 4; k++) {
+          sum[0][k] += x[j][k] * (i < exact ? decay : 0.0f);
+          sum[1][k] += x[j][k] * (i < exact ? 0.0f : decay);
+        }
       }
     }
   if (group < S::GROUPS)
-    UNROLL for (int k = 0; k < 4; k++) sums[group * S::VALUES + d + k] = sum[k];
+    UNROLL for (int side = 0; side < 2; side++)
+      UNROLL for (int k = 0; k < 4; k++)
+        sums[side * S::SUMS + group * S::VALUES + d + k] = sum[side][k];
   block_sync();
   if (tid < 32) {
     constexpr int N = (DV + 31) / 32;
-    float x[N], total = 0;
+    float x[2][N], total = 0;
     UNROLL for (int w = 0; w < MERGERS / 32; w++) total += totals[w];
     if (SINKS) {
       int query_head = head % call->kv_heads * (call->rows / call->query_tokens);
       query_head += index / call->query_tokens;
       total += fast_exp2(sinks[query_head] * LOG2_E - peak);
     }
-    UNROLL for (int i = 0; i < N; i++) {
-      x[i] = 0;
-      UNROLL for (int g = 0; g < S::GROUPS; g++) x[i] += sums[g * S::VALUES + i * 32 + lane];
-      x[i] /= fmax(total, 1e-30f);
-    }
-    if (ROTATE) hadamard<N>(x, lane);
+    UNROLL for (int side = 0; side < 2; side++)
+      UNROLL for (int i = 0; i < N; i++) {
+        x[side][i] = 0;
+        UNROLL for (int g = 0; g < S::GROUPS; g++)
+          x[side][i] += sums[side * S::SUMS + g * S::VALUES + i * 32 + lane];
+        x[side][i] /= fmax(total, 1e-30f);
+      }
+    if (ROTATE) hadamard<N>(x[1], lane);
+    const size_t side = size_t(call->batch) * call->kv_heads * call->rows * DV;
     out += (size_t(head) * call->rows + index) * DV;
     UNROLL for (int i = 0; i < N; i++) {
-      int at = i * 32 + lane;
-      if (at < DV) out[at] = from_float<T>(ROTATE ? x[i] * signs[at] : x[i]);
+      const int at = i * 32 + lane;
+      if (at >= DV) continue;
+      if (ROTATE) {
+        out[at] = from_float<T>(x[0][i] + x[1][i] * signs[at]);
+      } else {
+        out[at] = from_float<T>(x[0][i]);
+        out[side + at] = from_float<T>(x[1][i]);
+      }
     }
   }
 }

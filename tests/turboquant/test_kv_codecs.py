@@ -1,8 +1,10 @@
+"""What people write about keys and values, and the codecs that they mean."""
+
 from __future__ import annotations
 
 import pytest
 
-from tqstack.turboquant import make_codec, native_arguments, parse_kv_bits
+from tqstack.turboquant import UNCOMPRESSED, KVCodecs
 
 
 @pytest.mark.parametrize(
@@ -22,19 +24,54 @@ from tqstack.turboquant import make_codec, native_arguments, parse_kv_bits
     ],
 )
 def test_settings_name_the_codecs_that_they_mean(arguments, specs):
-    assert parse_kv_bits(**arguments) == specs
-    assert tuple(make_codec(spec, 128).spec for spec in specs) == specs
+    codecs = KVCodecs.from_settings(**arguments)
+    assert (codecs.keys, codecs.values) == specs
+    assert tuple(codec.spec for codec in codecs.codecs(128, 128)) == specs
 
 
-@pytest.mark.parametrize("bits", ["", "0", "9", "8.5", "k4", "v4", "k4v9", "four", "4 3", "-4"])
+@pytest.mark.parametrize(
+    ("bits", "name"),
+    [
+        (4, "tq4"),
+        (3.5, "tq3.5"),
+        ("3", "tq3"),
+        ("k4v3", "tq4/tq3"),
+        ("K4v4", "tq4"),
+        ("tcq3-l8", "tcq3-l8"),
+        ("tq4/none", "tq4/none"),
+        ("tq2/tq2", "tq2"),
+    ],
+)
+def test_bits_can_be_numbers_pairs_and_codecs_by_name(bits, name):
+    codecs = KVCodecs.parse(bits)
+    assert str(codecs) == codecs.name == name
+    assert KVCodecs.parse(name) == KVCodecs.parse(codecs) == codecs
+
+
+def test_codecs_are_made_once_for_each_size():
+    keys, values = KVCodecs.parse("k4v3").codecs(64, 128)
+    assert (keys.dim, values.dim) == (64, 128)
+    assert KVCodecs.parse("tq4").codecs(64, 64) == (keys, keys)
+    with pytest.raises(ValueError, match="head_dim is 12"):
+        UNCOMPRESSED.codecs(64, 12)
+
+
+@pytest.mark.parametrize("bits", [0, 9, 8.5, "12", "k4", "k4v", "k4v9", "4 3"])
 def test_widths_out_of_range_are_refused(bits):
-    with pytest.raises(ValueError, match=r"TQ_KV_BITS is .*allowed: 1 to 8"):
-        parse_kv_bits(bits)
+    with pytest.raises(ValueError, match=rf"TQ_KV_BITS is .*{bits}.*allowed: 1 to 8"):
+        KVCodecs.parse(bits)
+
+
+@pytest.mark.parametrize("bits", ["", "v4", "four", "-4", "tq", "tq4/", "tq4/3", "tq4/tq3/tq2"])
+def test_unknown_codecs_are_refused(bits):
+    with pytest.raises(ValueError, match=r"codec spec .* is unknown"):
+        KVCodecs.parse(bits)
 
 
 @pytest.mark.parametrize(
     ("name", "argument"),
     [
+        ("TQ_KV_BITS", {"bits": "four"}),
         ("TQ_CACHE_VERSION", {"version": "fp8"}),
         ("TQ_KV_CODE", {"code": "huffman"}),
         ("TQ_USE_ROTATION", {"rotation": "yes"}),
@@ -43,31 +80,27 @@ def test_widths_out_of_range_are_refused(bits):
 )
 def test_unknown_choices_are_refused_by_name(name, argument):
     with pytest.raises(ValueError, match=f"{name} is .*allowed: "):
-        parse_kv_bits("4", **argument)
+        KVCodecs.from_settings(**{"bits": "4", **argument})
 
 
 @pytest.mark.parametrize("bits", ["3.5", "7", "1"])
 def test_affine_takes_the_widths_of_mlx(bits):
     with pytest.raises(ValueError, match=r"TQ_KV_BITS is .*2, 3, 4, 5, 6 or 8"):
-        parse_kv_bits(bits, "affine")
+        KVCodecs.from_settings(bits, "affine")
 
 
 @pytest.mark.parametrize("bits", ["3.5", "k8v4"])
 def test_the_trellis_takes_its_widths(bits):
     with pytest.raises(ValueError, match=r"TQ_KV_BITS is .*takes 1, 2, 3 or 4"):
-        parse_kv_bits(bits, code="trellis")
+        KVCodecs.from_settings(bits, code="trellis")
 
 
 @pytest.mark.parametrize("option", [{"group_size": 64}, {"rotation": "qr"}, {"normalization": "0"}])
 def test_the_trellis_has_no_options(option):
     with pytest.raises(ValueError, match="TQ_KV_CODE=trellis has one scale"):
-        parse_kv_bits("4", code="trellis", **option)
+        KVCodecs.from_settings("4", code="trellis", **option)
 
 
-def test_the_native_cache_has_one_width_and_no_codec():
-    assert native_arguments("4") == {"bits": 4, "group_size": 64}
-    assert native_arguments("8", 32) == {"bits": 8, "group_size": 32}
-    with pytest.raises(ValueError, match=r"k4v3.*one width"):
-        native_arguments("k4v3")
+def test_the_native_cache_has_no_codec():
     with pytest.raises(ValueError, match="native has no codec"):
-        parse_kv_bits("4", "native")
+        KVCodecs.from_settings("4", "native")

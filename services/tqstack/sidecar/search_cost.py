@@ -1,0 +1,83 @@
+"""What the trellis code's search would cost on this machine, measured on the loaded model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from tqstack.attention.blocks import BLOCK_TOKENS, BlockLayout
+from tqstack.attention.cache import TurboQuantKVCache
+from tqstack.attention.kernels.encoding import encode_pair
+from tqstack.attention.kernels.program import backend
+from tqstack.attention.kernels.trust import trusted
+from tqstack.turboquant.kv_codecs import KVCodecs
+
+AFFORDABLE = 0.03  # of the time of prefill and of decode
+TRIALS = 3
+DECODED = 8  # tokens that are timed together
+
+
+def affords(
+    trellis: KVCodecs, model: nn.Module, new_cache: Callable[[], list[Any]], prompt_tokens: int
+) -> bool:
+    """Whether searching codes takes less than AFFORDABLE of a prompt's and of an answer's time.
+
+    Without a GPU it never does (0.2 ms a vector on a core: more than all the rest of a prompt).
+
+    Args:
+        new_cache: makes a cache of the model with a scalar code, which the search is beside.
+        prompt_tokens: of a prefill step.
+    """
+    if backend() is None:
+        return False
+    cache = new_cache()
+    mx.eval(model(mx.zeros((1, BLOCK_TOKENS), mx.int32), cache=cache))
+    layouts = [c.layout for c in cache if isinstance(c, TurboQuantKVCache) and c.layout]
+    codecs = [trellis.codecs(old.key_codec.dim, old.value_codec.dim) for old in layouts]
+    if not all(trusted("search", codec) for pair in codecs for codec in pair):
+        return False
+
+    def read() -> Any:
+        fresh = new_cache()
+        out = model(mx.zeros((1, prompt_tokens), mx.int32), cache=fresh)[:, -1:]
+        return out, [entry.state for entry in fresh]
+
+    def write() -> Any:
+        for _ in range(DECODED):
+            mx.eval(model(mx.zeros((1, 1), mx.int32), cache=cache))
+
+    prompt, token = _seconds(read), _seconds(write) / DECODED
+    of_prompt = sum(map(lambda old, new: _search(old, new, prompt_tokens), layouts, codecs))
+    of_block = sum(map(lambda old, new: _search(old, new, BLOCK_TOKENS), layouts, codecs))
+    return max(of_prompt / prompt, of_block / (BLOCK_TOKENS * token)) < AFFORDABLE
+
+
+def _search(layout: BlockLayout, codecs: tuple[Any, Any], tokens: int) -> float:
+    """Seconds by which these codecs encode one layer's tokens more slowly than the layout's."""
+    blocks = max(1, tokens // BLOCK_TOKENS)
+    keys, values = (
+        mx.random.normal((blocks, layout.kv_heads, BLOCK_TOKENS, codec.dim)) for codec in codecs
+    )
+    mx.eval(keys, values)
+    new, old = (
+        _seconds(lambda pair=pair: encode_pair(keys, values, *pair))
+        for pair in (codecs, (layout.key_codec, layout.value_codec))
+    )
+    return new - old
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """Median of evaluated runs, after one to warm up."""
+    times = []
+    for _ in range(TRIALS + 1):
+        mx.synchronize()
+        start = time.perf_counter()
+        mx.eval(run())
+        mx.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times[1:])
