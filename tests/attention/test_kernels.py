@@ -150,6 +150,17 @@ def test_a_kernel_that_agrees_is_used(on_gpu):
     assert set(trust.report().values()) == {None}
 
 
+@pytest.mark.parametrize("slabs", [1, 2, 4])
+@pytest.mark.parametrize("several, masked, sinks", [(False, None, False), (True, True, True)])
+def test_the_check_compares_just_what_runs(slabs, several, masked, sinks, monkeypatch):
+    codec = make_codec("tq3", 64)
+    variant = BlockLayout(codec, codec, 2), slabs, 4, *2 * (mx.float16,), several, masked, sinks
+    assert choose._decode_error(*variant) < trust.TOLERANCE
+    right = decode.decode_attention
+    monkeypatch.setattr(decode, "decode_attention", lambda *a, **k: 1.01 * right(*a, **k))
+    assert choose._decode_error(*variant) > trust.TOLERANCE
+
+
 def test_a_kernel_that_disagrees_is_switched_off_with_a_warning(on_gpu, monkeypatch, caplog):
     right = decode.decode_attention
     monkeypatch.setattr(decode, "decode_attention", lambda *a, **k: 1.01 * right(*a, **k))

@@ -131,15 +131,15 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
         return self._declare(BlockLayout(*codecs, keys.shape[1], self.pool.block_tokens))
 
     def _declare(self, layout: BlockLayout) -> BlockLayout:
-        """
+        """The pool's own layout, equal to this one.
+
         Raises:
             ValueError: this cache stores something else.
         """
         try:
-            self.pool.declare(self.layer, layout)
+            return self.pool.declare(self.layer, layout)
         except PoolError as error:
             raise ValueError(f"this does not belong in this cache: {error}") from None
-        return layout
 
     def _counts(self, L: int) -> list[int]:
         """How many of L new columns are tokens of each sequence; the others are padding."""

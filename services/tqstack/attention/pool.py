@@ -112,19 +112,23 @@ class Pool:
 
     # -- taking and giving -------------------------------------------------------------------
 
-    def declare(self, layer: int, layout: BlockLayout) -> None:
+    def declare(self, layer: int, layout: BlockLayout) -> BlockLayout:
         """Tell what a layer's blocks look like, before its first one is written.
+
+        Returns:
+            The layout as it was told first, one object for all sequences.
 
         Raises:
             PoolError: the layer stores something else already.
         """
         stored = self.layouts[layer]
-        if stored == layout:
-            return
+        if stored is not None and stored == layout:
+            return stored
         if stored is not None:
             raise PoolError(f"layer {layer} of this pool stores {stored.spec}, not {layout.spec}")
         self.layouts[layer] = layout
         self._slabs[layer] = [_empty(size, layout) for size in self._sizes]
+        return layout
 
     def allocate(self, count: int) -> list[int]:
         """Take blocks, each held once.

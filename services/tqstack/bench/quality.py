@@ -71,8 +71,8 @@ class CacheKind:
         """Bits of a cached value, on average over a sequence of 32,768 tokens and all layers.
 
         Packed tokens take what their planes take, scales included. The newest tokens take 16 bits:
-        `exact_tokens`, and the block of 128 that is being filled, on average half of it; none if
-        `exact_tokens` is 0, since those are stored as their codes say.
+        `exact_tokens`, and the block of 128 that is being filled, on average half of it. With 0
+        exact tokens that block holds no more than its codes say, and counts as them.
 
         Args:
             head_dims: (of keys, of values) of each compressed layer.

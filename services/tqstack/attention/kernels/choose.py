@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from tqstack.attention.blocks import BlockLayout, Stored
+from tqstack.attention.blocks import ROW_BITS, BlockLayout, Stored
 from tqstack.attention.kernels import decode
 from tqstack.attention.kernels.trust import check, distance, random, trusted
 from tqstack.attention.tiled import tiled_attention
@@ -39,16 +39,19 @@ def _is_short(queries: mx.array, stored: Stored) -> bool:
 
 
 def _variant(queries: mx.array, stored: Stored, mask: Any, sinks: Any) -> tuple[Any, ...]:
-    """What the kernel is compiled for: layout, query heads, types, several tokens, mask, sinks."""
+    """What the kernel is compiled for: layout, slabs, query heads, types, several tokens, mask,
+    sinks."""
     masked = None if mask is None or isinstance(mask, str) else mask.dtype == mx.bool_
     types = queries.dtype, stored.tail_keys.dtype  # pyright: ignore[reportAttributeAccessIssue]
     several = queries.shape[2] > 1
-    return stored.layout, queries.shape[1], *types, several, masked, sinks is not None
+    slabs = decode.slab_arguments(len(stored.slabs))
+    return stored.layout, slabs, queries.shape[1], *types, several, masked, sinks is not None
 
 
 @check("decode")
 def _decode_error(
     layout: BlockLayout,
+    slabs: int,
     heads: int,
     dtype: mx.Dtype,
     tail_dtype: mx.Dtype,
@@ -65,8 +68,9 @@ def _decode_error(
     tails = [mx.concatenate([x[:1, :, block:], x[1:, :, :-block]]) for x in (keys, values)]
     stored = Stored(
         layout,
-        slabs=(layout.pack(keys[:1, :, : 2 * block], values[:1, :, : 2 * block]),),
-        tables=((0, 1), ()),
+        slabs=(mx.zeros((1, layout.words), mx.uint32),) * (slabs - 1)
+        + (layout.pack(keys[:1, :, : 2 * block], values[:1, :, : 2 * block]),),
+        tables=(tuple((slabs - 1) << ROW_BITS | row for row in (0, 1)), ()),
         tail_keys=tails[0].astype(tail_dtype),
         tail_values=tails[1].astype(tail_dtype),
         starts=(block, 0),

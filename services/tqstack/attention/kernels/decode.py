@@ -115,7 +115,7 @@ def decode_attention(
     )
     share, splits = _division(packed, layout.kv_heads * -(-rows // COLUMNS), exact_splits)
     slabs = stored.slabs or (NO_SLAB,)
-    slabs += (slabs[-1],) * (_power_of_two(len(slabs)) - len(slabs))  # few programs to compile
+    slabs += (slabs[-1],) * (slab_arguments(len(slabs)) - len(slabs))
     table = _table_of_blocks(*map(_SameObject, stored.tables))
     array_mask = None if mask is None or isinstance(mask, str) else _four_axes(mask)
     call = _call(
@@ -254,6 +254,11 @@ def _table_of_blocks(*tables: _SameObject) -> mx.array:
     for row, table in zip(ids, tables, strict=True):
         row[: len(table.ids)] = table.ids
     return mx.array(ids)
+
+
+def slab_arguments(slabs: int) -> int:
+    """Slabs that a program takes, some of them twice: few programs to compile."""
+    return _power_of_two(max(1, slabs))
 
 
 def _power_of_two(n: int) -> int:
