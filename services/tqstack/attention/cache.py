@@ -91,10 +91,13 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
 
         Raises:
             ValueError: head_dim or heads are not those that are stored.
-            PoolFullError: the pool has a limit, and nobody called `reserve`.
+            PoolFullError: the pool has a limit, and nobody called `reserve`; nothing has changed.
         """
         layout = self._declared(keys, values)
         counts, before = self._counts(keys.shape[2]), self.lengths
+        self._reserve(counts)
+        if self._to_come is not None:
+            self._to_come = [left - n for left, n in zip(self._to_come, counts, strict=True)]
         keys, values = _bounded(keys, values)
         if not self.exact_tokens:
             keys, values = layout.coded(keys, values)
@@ -116,10 +119,13 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
         pass can fail for want of them.
 
         Raises:
-            PoolFullError: there is no room; nothing has changed that matters.
+            PoolFullError: there is no room; nothing that is stored has changed.
         """
-        for table, length in zip(self.tables, self.lengths, strict=True):
-            table.reserve(self._full_blocks(length + tokens))
+        self._reserve([tokens] * len(self.lengths))
+
+    def _reserve(self, counts: Sequence[int]) -> None:
+        for table, length, count in zip(self.tables, self.lengths, counts, strict=True):
+            table.reserve(self._full_blocks(length + count))
 
     def keys_and_values(self):
         """For layers that read another layer's cache; the same promise as `update_and_fetch`."""
@@ -145,9 +151,7 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
         """How many of L new columns are tokens of each sequence; the others are padding."""
         if self._to_come is None:
             return [L] * len(self.lengths)
-        counts = [min(L, left) for left in self._to_come]
-        self._to_come = [left - n for left, n in zip(self._to_come, counts, strict=True)]
-        return counts
+        return [min(L, left) for left in self._to_come]
 
     def _exact_from(self, position: int) -> int:
         """The first position that a query at `position` sees exactly."""

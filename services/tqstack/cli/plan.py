@@ -93,6 +93,7 @@ def make_report(
         "kv_per_token_fp16": plan.per_token_fp16,
         "kv": tokens * plan.per_token,
         "kv_fp16": tokens * plan.per_token_fp16,
+        "exact_tail": plan.tail,
         "recurrent_state": plan.recurrent,
         "workspace": plan.workspace,
         "memory": memory,
@@ -145,6 +146,7 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     yield row("weights", "weights")
     yield row("keys and values", "kv", f"{each:,} bytes a token")
     yield row("  in 16 bits", "kv_fp16", f"{plain:,} bytes a token; not counted")
+    yield row("newest tokens, exact", "exact_tail")
     yield row("recurrent state", "recurrent_state")
     yield row("prefill workspace", "workspace")
     yield row("needed", "needed", f"({size(report['needed_fp16'])} with a cache of 16 bits)")
