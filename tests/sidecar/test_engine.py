@@ -99,6 +99,28 @@ def test_a_model_that_cannot_be_loaded_is_reported_and_jobs_are_refused():
     engine.close()
 
 
+def test_a_thread_that_fails_tells_everybody_and_lets_the_process_end(runtime, monkeypatch):
+    failures = queue.SimpleQueue()
+    engine = Engine(lambda: runtime, failures.put)
+    engine.start()
+    try:
+        _, events = submit(engine, range(20), max_tokens=20_000)
+        events.get(timeout=60)
+
+        def broken(job):
+            raise RuntimeError("books do not agree")
+
+        monkeypatch.setattr(engine, "_insert", broken)
+        _, fatal = submit(engine, range(5))
+        assert "books do not agree" in str(failures.get(timeout=60))
+        assert answer(events).status == answer(fatal).status == 500
+        assert engine.error == "RuntimeError: books do not agree"
+        _, late = submit(engine, range(5))
+        assert answer(late).status == 503
+    finally:
+        engine.close()
+
+
 def test_a_job_that_fits_only_alone_waits_for_the_others_and_is_not_refused(runtime):
     room = 300 * runtime.plan.per_token + 2 * (runtime.plan.recurrent + runtime.plan.tail)
     plan = replace(runtime.plan, budget=runtime.plan.weights + runtime.plan.workspace + room)

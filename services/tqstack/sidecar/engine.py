@@ -46,7 +46,7 @@ class Engine:
 
     Args:
         load: makes the runtime; called in the engine's thread, which then owns the model.
-        on_failure: told when loading fails; the process should end.
+        on_failure: told when loading fails, or the thread does; the process should end.
         unloaded: facts of a model that is to be loaded when it is first needed; None: at once.
         idle_seconds: without a request for so long, the model is unloaded; 0: never.
     """
@@ -125,6 +125,17 @@ class Engine:
             self._serve()
         except LoadError:
             self._refuse_until_stopped()
+        except Exception as error:  # a thread that dies in silence would leave all waiting for ever
+            log.exception("the engine failed")
+            self._give_up(error)
+            self._fail_jobs(f"the engine failed: {self.error}")
+            self._refuse_until_stopped()
+
+    def _give_up(self, error: Exception) -> None:
+        """From now on `/health` is 503; the process should end, so that it is started again."""
+        self.error = f"{type(error).__name__}: {error}"
+        if self._on_failure:
+            self._on_failure(error)
 
     def _load_model(self) -> None:
         """
@@ -139,9 +150,7 @@ class Engine:
             self._generator = self._new_generator()
         except Exception as error:
             log.exception("the model could not be loaded")
-            self.error = f"{type(error).__name__}: {error}"
-            if self._on_failure:
-                self._on_failure(error)
+            self._give_up(error)
             raise LoadError from error
         self.lifecycle.loaded(Facts(runtime.describe(), runtime.codec, runtime.plan))
 
@@ -227,7 +236,8 @@ class Engine:
                 if not self.runtime.plan.fits_together(lengths, 0, prefills):
                     return
                 self._prefixes.trim_to(n_bytes=0)
-            self._insert(self._waiting.popleft())
+            self._insert(self._waiting[0])  # if that fails, the job is still there to be told
+            self._waiting.popleft()
 
     def _insert(self, job: Job) -> None:
         assert self.runtime is not None
@@ -323,12 +333,15 @@ class Engine:
         )
 
     def _fail_all(self, message: str) -> None:
+        self._fail_jobs(message)
+        if self.runtime:
+            self._generator = self._new_generator()
+
+    def _fail_jobs(self, message: str) -> None:
         for job in (*self._jobs.values(), *self._waiting):
             job.deliver(Failed(ApiError(500, message, code="engine_error", retry=False)))
         self._jobs, self._uids = {}, {}
         self._waiting.clear()
-        if self.runtime:
-            self._generator = self._new_generator()
 
     def _refuse_until_stopped(self) -> None:
         while True:
