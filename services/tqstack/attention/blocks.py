@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
 
@@ -22,6 +23,12 @@ ROW_BITS = 24
 Planes = tuple[mx.array, ...]
 
 
+def first_exact(position: Any, block_tokens: int, exact_tokens: int) -> Any:
+    """The first position that a query at `position` sees exactly, or below 0: all. An int, or an
+    array of them."""
+    return position // block_tokens * block_tokens - exact_tokens
+
+
 @dataclass(frozen=True)
 class BlockLayout:
     """Where a layer's keys and values are in a block's row."""
@@ -32,11 +39,15 @@ class BlockLayout:
     block_tokens: int = BLOCK_TOKENS
 
     @cached_property
+    def plane_shapes(self) -> tuple[tuple[int, mx.Dtype], ...]:
+        """(width, dtype) of the keys' planes, then of the values'."""
+        return *self.key_codec.plane_shapes(), *self.value_codec.plane_shapes()
+
+    @cached_property
     def plane_words(self) -> tuple[int, ...]:
-        """32-bit words of each plane of a block: the keys' planes, then the values'."""
+        """32-bit words of each of these planes in a block."""
         tokens = self.kv_heads * self.block_tokens
-        shapes = (*self.key_codec.plane_shapes(), *self.value_codec.plane_shapes())
-        return tuple(tokens * width * dtype.size // 4 for width, dtype in shapes)
+        return tuple(tokens * width * dtype.size // 4 for width, dtype in self.plane_shapes)
 
     @cached_property
     def words(self) -> int:
@@ -69,16 +80,23 @@ class BlockLayout:
 
     def coded(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Keys and values as their codes give them back; coding those again changes nothing."""
-        codecs = self.key_codec, self.value_codec
-        planes = encode_pair(keys, values, *codecs)
-        back = [c.unrotate(c.decode(own)) for c, own in zip(codecs, planes, strict=True)]
-        return back[0].astype(keys.dtype), back[1].astype(values.dtype)
+        planes = encode_pair(keys, values, self.key_codec, self.value_codec)
+        return self.decoded(*planes, keys.dtype, values.dtype)
+
+    def decoded(
+        self, keys: Planes, values: Planes, key_dtype: mx.Dtype, value_dtype: mx.Dtype
+    ) -> tuple[mx.array, mx.array]:
+        """Planes of keys and of values -> what they stand for (..., head_dim), rotated back."""
+        key, value = self.key_codec, self.value_codec
+        return (
+            key.unrotate(key.decode(keys)).astype(key_dtype),
+            value.unrotate(value.decode(values)).astype(value_dtype),
+        )
 
     def planes(self, rows: mx.array) -> tuple[Planes, Planes]:
         """(blocks, words) -> the planes of keys and of values, each (1, KV heads, T, width)."""
         count, start, planes = rows.shape[0], 0, []
-        shapes = (*self.key_codec.plane_shapes(), *self.value_codec.plane_shapes())
-        for words, (width, dtype) in zip(self.plane_words, shapes, strict=True):
+        for words, (width, dtype) in zip(self.plane_words, self.plane_shapes, strict=True):
             plane = mx.contiguous(rows[:, start : start + words]).view(dtype)
             plane = plane.reshape(count, self.kv_heads, self.block_tokens, width).swapaxes(0, 1)
             planes.append(plane.reshape(1, self.kv_heads, count * self.block_tokens, width))
@@ -116,8 +134,8 @@ class Stored:
 
     def packed_limit(self, i: int, position: int) -> int:
         """The first position that a query of sequence i at `position` sees exactly."""
-        block = self.layout.block_tokens
-        return max(position // block * block - self.exact_tokens, self.starts[i])
+        first = first_exact(position, self.layout.block_tokens, self.exact_tokens)
+        return max(first, self.starts[i])
 
     def tail(self, i: int) -> tuple[mx.array, mx.array]:
         """(1, KV heads, slots, head_dim) exact keys and values of sequence i."""

@@ -16,7 +16,7 @@ from mlx_lm.models import cache as mlx_cache
 from mlx_lm.models.base import create_causal_mask
 
 from tqstack.attention import saved
-from tqstack.attention.blocks import BLOCK_TOKENS, BlockLayout, Stored
+from tqstack.attention.blocks import BLOCK_TOKENS, BlockLayout, Stored, first_exact
 from tqstack.attention.kernels.choose import attention
 from tqstack.attention.pool import Pool, PoolError
 from tqstack.attention.table import Table
@@ -155,8 +155,7 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
 
     def _exact_from(self, position: int) -> int:
         """The first position that a query at `position` sees exactly."""
-        block = self.pool.block_tokens
-        return max(0, position // block * block - self.exact_tokens)
+        return max(0, first_exact(position, self.pool.block_tokens, self.exact_tokens))
 
     def _full_blocks(self, length: int) -> int:
         """Blocks that the token behind `length` others sees packed."""
@@ -265,13 +264,10 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
         part = self.tails.part(i)
         assert part is not None
         rows = self.pool.read(self.layer, self.tables[i].ids[block : block + 1])
-        decoded = [
-            codec.unrotate(codec.decode(tuple(plane[:, :, :count] for plane in planes)))
-            for codec, planes in zip(
-                (layout.key_codec, layout.value_codec), layout.planes(rows), strict=True
-            )
-        ]
-        return decoded[0].astype(part[0].dtype), decoded[1].astype(part[1].dtype)
+        keys, values = (
+            tuple(plane[:, :, :count] for plane in planes) for planes in layout.planes(rows)
+        )
+        return layout.decoded(keys, values, part[0].dtype, part[1].dtype)
 
     @property
     def nbytes(self) -> int:

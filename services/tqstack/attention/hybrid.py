@@ -55,10 +55,8 @@ def make_turboquant_cache(
         ValueError: there are no such bits or codecs, or exact_tokens is no whole number of blocks.
     """
     plain = make_prompt_cache(model)
-    if pool is None:
-        layers = layer_codecs(len(softmax_entries(plain)), KVCodecs.parse(bits), boundary_layers)
-        pool = _shared_pool(model, tuple(layers))
-    return convert_cache_to_turboquant(plain, bits, boundary_layers, exact_tokens, pool)
+    layers = layer_codecs(len(softmax_entries(plain)), KVCodecs.parse(bits), boundary_layers)
+    return _compressed(plain, layers, exact_tokens, pool or _shared_pool(model, tuple(layers)))
 
 
 def convert_cache_to_turboquant(
@@ -73,11 +71,17 @@ def convert_cache_to_turboquant(
     Args:
         pool: None: one of its own. The others are those of `make_turboquant_cache`.
     """
+    layers = layer_codecs(len(softmax_entries(cache)), KVCodecs.parse(bits), boundary_layers)
+    return _compressed(cache, layers, exact_tokens, pool or Pool(len(layers)))
+
+
+def _compressed(
+    cache: list[Any], layers: list[KVCodecs], exact_tokens: int, pool: Pool
+) -> list[Any]:
+    """`cache` with its softmax entries compressed by these codecs, and what they hold."""
     install()
-    entries = softmax_entries(cache)
-    layers = layer_codecs(len(entries), KVCodecs.parse(bits), boundary_layers)
-    table, converted = Table(pool or Pool(len(entries))), list(cache)
-    for layer, (i, codecs) in enumerate(zip(entries, layers, strict=True)):
+    table, converted = Table(pool), list(cache)
+    for layer, (i, codecs) in enumerate(zip(softmax_entries(cache), layers, strict=True)):
         converted[i] = TurboQuantKVCache(codecs, exact_tokens, table, layer)
         if not cache[i].empty():
             converted[i].update_and_fetch(*cache[i].keys_and_values())

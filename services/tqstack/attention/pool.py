@@ -11,6 +11,7 @@ So a write waits for the reads in flight (servers make the next token while the 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -144,17 +145,16 @@ class Pool:
 
     def retain(self, blocks: Sequence[int]) -> None:
         """Hold blocks once more."""
-        for block in blocks:
-            if block not in self._holders:
-                raise UnknownBlockError(block)
+        self._check(blocks)
         for block in blocks:
             self._holders[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
         """Hold blocks once less; what nobody holds is free."""
-        for block in blocks:
-            if block not in self._holders:
+        for block, times in Counter(blocks).items():
+            if self.holders(block) < times:
                 raise UnknownBlockError(block)
+        for block in blocks:
             self._holders[block] -= 1
             if not self._holders[block]:
                 del self._holders[block]

@@ -69,7 +69,7 @@ class Tails:
             parts = [self._parts[i] for i in rows]
         else:  # taken, not sliced: a view would keep the whole stack
             keys, values = self._stack
-            parts = [(mx.take(keys, i, axis=0), mx.take(values, i, axis=0)) for i in _each(rows)]
+            parts = [(_row(keys, i), _row(values, i)) for i in rows]
         return Tails([self.starts[i] for i in rows], parts, self.slots)
 
     def joined(self, other: Tails) -> Tails:
@@ -143,8 +143,9 @@ class Tails:
         return stacks[0], stacks[1]
 
 
-def _each(rows: Sequence[int]) -> list[mx.array]:
-    return [mx.array([i]) for i in rows]
+def _row(stack: mx.array, i: int) -> mx.array:
+    """(1, heads, slots, d) of its own."""
+    return mx.take(stack, mx.array([i]), axis=0)
 
 
 def _behind(x: mx.array, shift: int) -> mx.array:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from tqstack.attention.blocks import Stored
+from tqstack.attention.blocks import Stored, first_exact
 from tqstack.attention.kernels.program import backend
 
 # Scores of one step: KEY_TILE keys against QUERY_TILE tokens of every head.
@@ -162,10 +162,10 @@ class _Seen:
 
     def _limits(self, block: _Block) -> mx.array:
         """(L, 1) `limit` of every query of a block."""
-        size = self.stored.layout.block_tokens
+        stored = self.stored
         positions = mx.arange(self.first + block.start, self.first + block.stop)
-        limits = positions // size * size - self.stored.exact_tokens
-        return mx.maximum(limits, self.stored.starts[self.i])[:, None]
+        limits = first_exact(positions, stored.layout.block_tokens, stored.exact_tokens)
+        return mx.maximum(limits, stored.starts[self.i])[:, None]
 
     def packed(self, block: _Block, start: int, stop: int):
         """What `_Block.fold` needs to know of packed keys at positions start .. stop."""

@@ -53,9 +53,7 @@ def chained(step: Step, queries: mx.array) -> float:
 def random_blocks(layout: BlockLayout, count: int) -> mx.array:
     """(blocks, words) of any codes, with scales around 1."""
     planes = []
-    codecs = layout.key_codec, layout.value_codec
-    dtypes = [dtype for codec in codecs for _, dtype in codec.plane_shapes()]
-    for words, dtype in zip(layout.plane_words, dtypes, strict=True):
+    for words, (_, dtype) in zip(layout.plane_words, layout.plane_shapes, strict=True):
         if dtype == mx.float16:
             scales = mx.random.uniform(0.75, 1.25, (count, 2 * words)).astype(dtype)
             planes.append(scales.view(mx.uint32))
