@@ -384,6 +384,12 @@ def test_blocks_hold_exactly_the_codes_and_a_norm_per_vector(bits, per_vector):
     assert cache.nbytes == 2 * 2 * (128 * per_vector + tail * 256 * 4)
 
 
+def test_a_tail_that_is_also_being_read_counts_once():
+    cache = TurboQuantKVCache()
+    cache.update_and_fetch(*random_tokens(np.random.default_rng(0), 100))
+    assert cache.nbytes == 2 * 2 * 100 * 64 * 4
+
+
 @pytest.mark.parametrize("bits", [4, 3.5, "tcq2-l8", "prod3", "affine4-g64", "none"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 1e38, 1e-45, 0.0])
 def test_bad_values_never_poison_the_cache(bits, poison):

@@ -273,13 +273,12 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
     def nbytes(self) -> int:
         """Bytes of this layer's packed blocks and exact tails. A block that sequences share counts
         in each; what the pool holds in all is `pool.nbytes`."""
-        layout = self.layout
+        layout, reading = self.layout, self._reading
         blocks = 0 if layout is None else sum(self.packed) * layout.nbytes
-        reading = self._reading
-        held = self.tails.nbytes
+        exact = self.tails.held()
         if reading is not None and not isinstance(reading.tail_keys, mx.array):
-            held += sum(x.nbytes for x in (*reading.tail_keys, *reading.tail_values))
-        return blocks + held
+            exact += [*reading.tail_keys, *reading.tail_values]  # a prompt's chunk, or the same
+        return blocks + sum({id(x): x.nbytes for x in exact}.values())
 
     @property
     def nbytes_fp16(self) -> int:

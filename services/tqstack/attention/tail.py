@@ -52,10 +52,14 @@ class Tails:
         assert len(parts) == len(self._parts), "nothing has been stored yet"
         return [keys for keys, _ in parts], [values for _, values in parts]
 
+    def held(self) -> list[mx.array]:
+        """All arrays, as they are."""
+        pairs = [self._stack] if self._stack is not None else self._parts
+        return [x for pair in pairs if pair is not None for x in pair]
+
     @property
     def nbytes(self) -> int:
-        pairs = [self._stack] if self._stack is not None else self._parts
-        return sum(x.nbytes for pair in pairs if pair is not None for x in pair)
+        return sum(x.nbytes for x in self.held())
 
     def copy(self) -> Tails:
         """The same arrays; what is done to one does not show in the other."""

@@ -7,7 +7,6 @@ that shares what a single call would wait for. The chain's two additions are tim
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -17,6 +16,7 @@ from tqstack.attention.blocks import BlockLayout, Stored
 from tqstack.attention.gated_delta import gated_delta
 from tqstack.attention.kernels import decode, encode, recurrence
 from tqstack.attention.kernels.program import backend
+from tqstack.attention.timing import median_seconds
 from tqstack.turboquant.codec import make_codec
 from tqstack.turboquant.lloyd import LloydCodec
 
@@ -27,15 +27,7 @@ Step = Callable[[mx.array], mx.array]
 
 
 def milliseconds(run: Callable[[], object], trials: int = 10) -> float:
-    """Median of evaluated runs, after two to warm up."""
-    times = []
-    for _ in range(trials + 2):
-        mx.synchronize()
-        start = time.perf_counter()
-        mx.eval(run())
-        mx.synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times[2:])[trials // 2] * 1e3
+    return 1e3 * median_seconds(run, trials, warm_up=2)
 
 
 def chained(step: Step, queries: mx.array) -> float:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +14,7 @@ from tqstack.attention.cache import TurboQuantKVCache
 from tqstack.attention.kernels.encoding import encode_pair
 from tqstack.attention.kernels.program import backend
 from tqstack.attention.kernels.trust import trusted
+from tqstack.attention.timing import median_seconds
 from tqstack.turboquant.kv_codecs import KVCodecs
 
 AFFORDABLE = 0.03  # of the time of prefill and of decode
@@ -76,12 +75,4 @@ def _search(layout: BlockLayout, codecs: tuple[Any, Any], tokens: int) -> float:
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    """Median of evaluated runs, after one to warm up."""
-    times = []
-    for _ in range(TRIALS + 1):
-        mx.synchronize()
-        start = time.perf_counter()
-        mx.eval(run())
-        mx.synchronize()
-        times.append(time.perf_counter() - start)
-    return median(times[1:])
+    return median_seconds(run, TRIALS, warm_up=1)
