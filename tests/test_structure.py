@@ -21,7 +21,8 @@ ALLOWED = {
     "demo_model": set(),
     "turboquant": {"kv_bits"},
     "attention": {"turboquant"},
-    "sidecar": {"attention", "demo_model", "machine", "openai_api", "settings", "turboquant"},
+    "models": {"attention", "demo_model", "kv_bits", "machine", "settings", "turboquant"},
+    "sidecar": {"attention", "models", "openai_api", "settings"},
     "router": {"openai_api", "settings"},
     "service": {"machine", "settings"},
 }

@@ -87,6 +87,11 @@ class Settings(BaseSettings):
     sidecar_max_tokens: Annotated[int, Field(ge=1)] = Field(
         4096, description="tokens of an answer, where the request sets no limit"
     )
+    sidecar_memory_mb: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="memory for all that the sidecar holds, in MiB; auto: what the GPU may use, "
+        "or 80 % of the machine's",
+    )
     sidecar_prefix_cache_mb: Annotated[int, Field(ge=0)] = Field(
         2048, description="memory for prompts kept for their next turn, in MiB; 0: none"
     )

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tqstack.sidecar.model import load_model
+from tqstack.models.load import load_model
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from sidecar.jobs import answer, submit
+from tqstack.models.runtime import load_runtime
 from tqstack.settings import Settings
 from tqstack.sidecar.engine import Engine
-from tqstack.sidecar.runtime import load_runtime
 
 
 @pytest.fixture(scope="module")

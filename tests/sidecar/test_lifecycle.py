@@ -17,14 +17,18 @@ import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.testclient import TestClient
 
 from processes import clean_environment, free_port, get, running, wait_for, wait_until
 from sidecar.jobs import answer, submit
+from tqstack.models.geometry import UnknownGeometryError
+from tqstack.models.plan import Plan
 from tqstack.openai_api.errors import ApiError
 from tqstack.settings import Settings
+from tqstack.sidecar.app import create_app
 from tqstack.sidecar.engine import Engine
-from tqstack.sidecar.lifecycle import USEFUL_TOKENS, Loader, must_free
-from tqstack.sidecar.memory import MemoryPlan
+from tqstack.sidecar.lifecycle import Loader
+from tqstack.sidecar.ollama import USEFUL_TOKENS, must_free
 
 SETTINGS = Settings(sidecar_model="demo", sidecar_frees_ollama="0")
 sizes = st.integers(0, 10**11)
@@ -32,7 +36,7 @@ sizes = st.integers(0, 10**11)
 
 @given(sizes, sizes, sizes)
 def test_ollama_is_asked_exactly_if_both_do_not_fit(budget, weights, held):
-    plan = MemoryPlan(budget, weights, 5200, 20_480, 10**7, 10**9)
+    plan = Plan(budget, weights, 5200, 20_480, 10**7, 10**9)
     together = plan.total(USEFUL_TOKENS) + held
     assert must_free("auto", plan, held) == (held > 0 and together > budget)
     assert must_free("1", plan, held) == (held > 0)
@@ -82,8 +86,27 @@ def test_the_facts_of_an_unloaded_model_are_those_of_the_loaded_one():
     loader = Loader(SETTINGS)
     planned, runtime = loader.planned(), loader.load()
     assert planned.codec == runtime.codec
-    assert planned.about == {**runtime.describe(), "compressed_layers": []}
+    assert planned.describe() == {**runtime.describe(), "compressed_layers": []}
     assert replace(planned.plan, budget=0) == replace(runtime.plan, budget=0)
+
+
+def test_a_model_whose_layers_are_unknown_is_loaded_when_it_is_needed(monkeypatch):
+    def unknown(config):
+        raise UnknownGeometryError("no formula")
+
+    monkeypatch.setattr("tqstack.models.spec.read_geometry", unknown)
+    app = create_app(SETTINGS.model_copy(update={"sidecar_lazy_load": "1"}))
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        told = client.get("/health").json()
+        assert (told["status"], told["lifecycle"]["state"]) == ("ok", "unloaded")
+        assert told["model"] == {"id": "demo", "context_length": 32768, "compressed_layers": []}
+        assert told["cache"]["codec"] == "tq4" and "memory_plan" not in told
+        assert client.get("/v1/models").json()["data"][0]["context_length"] == 32768
+        request = {"model": "demo", "prompt": "def", "max_tokens": 2}
+        assert client.post("/v1/completions", json=request).status_code == 200
+        told = client.get("/health").json()
+        assert told["model"]["compressed_layers"] == [3, 7]
+        assert told["memory_plan"]["workspace"] > 10**7
 
 
 def test_all_who_wait_for_a_model_that_does_not_load_are_told_why():

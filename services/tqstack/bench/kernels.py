@@ -13,10 +13,11 @@ from itertools import accumulate
 import mlx.core as mx
 
 from tqstack.attention.blocks import BlockLayout, Stored
-from tqstack.attention.gated_delta import gated_delta
-from tqstack.attention.kernels import decode, encode, recurrence
+from tqstack.attention.kernels import decode, encode
 from tqstack.attention.kernels.program import backend
 from tqstack.attention.timing import median_seconds
+from tqstack.models.layers import recurrence
+from tqstack.models.layers.gated_delta import gated_delta
 from tqstack.turboquant.codec import make_codec
 from tqstack.turboquant.lloyd import LloydCodec
 

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, quantize_model
 
-from tqstack.attention.prepare import prepare
+from tqstack.models.adapt import adapt
 
 _QWEN35_35B_A3B = {
     "model_type": "qwen3_5_moe",
@@ -55,7 +55,7 @@ def build(name: str, layers: int | None = None, **changes: int) -> nn.Module:
     # Weights are lazy: made one by one, the unquantized ones never exist together.
     for _, weight in tree_flatten(model.parameters()):
         mx.eval(weight)
-    prepare(model)
+    adapt(model)
     model.eval()
     return model
 

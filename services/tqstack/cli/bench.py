@@ -52,7 +52,8 @@ def speed(
     from tqstack.bench import plots, shapes
     from tqstack.bench.backends import backends
     from tqstack.bench.speed import Row, Workload, as_json, measure, runnable
-    from tqstack.sidecar.model import ModelNotFoundError, load_model
+    from tqstack.models.load import load_model
+    from tqstack.models.spec import ModelNotFoundError
 
     if shape and shape not in shapes.SHAPES:
         fail(f"--shape {shape}: allowed: {', '.join(shapes.SHAPES)}", 2)
@@ -152,7 +153,8 @@ def quality(
     preload_openblas()
     from tqstack.bench import plots
     from tqstack.bench.quality import CODECS, Plan, as_json, measure
-    from tqstack.sidecar.model import ModelNotFoundError, load_model
+    from tqstack.models.load import load_model
+    from tqstack.models.spec import ModelNotFoundError
 
     try:
         loaded = load_model(model)

@@ -143,8 +143,8 @@ def services() -> Finding:
 
 def files(name: str) -> Finding:
     """Whether the model is here, and whole, without loading it."""
-    from tqstack.sidecar.planning import model_folder
-    from tqstack.sidecar.safetensors import model_tensors
+    from tqstack.models.safetensors import model_tensors
+    from tqstack.models.spec import model_folder
 
     try:
         _, folder = model_folder(name)

@@ -109,14 +109,15 @@ def _model(settings: Settings) -> Iterator[Finding]:
         yield Finding("model", "note", "the sidecar is off (SIDECAR_ENABLED)")
         return
     running = checks.health(settings.sidecar_url)
-    if running and "memory_plan" in running:
+    if running and "codec" in running["cache"]:
         yield Finding("model", "ok", _told(running["model"], running["cache"]["codec"]))
-        yield _memory(running["memory_plan"], running["model"]["context_length"])
+        if "memory_plan" in running:  # or it is made when the model is loaded
+            yield _memory(running["memory_plan"], running["model"]["context_length"])
         return
     yield (files := checks.files(settings.model_name))
     if files.state != "ok":
         return
-    from tqstack.sidecar.runtime import load_runtime
+    from tqstack.models.runtime import load_runtime
 
     try:
         runtime = load_runtime(settings)
@@ -131,6 +132,8 @@ def _model(settings: Settings) -> Iterator[Finding]:
 
 def _told(about: dict[str, Any], codec: str) -> str:
     proven = about.get("compressed_layers")
+    if "layers" not in about:
+        return f"{about['id']}: its layers are told when it is loaded; codec {codec}"
     return (
         f"{about['id']}: {about['recurrent_layers']} recurrent and "
         f"{len(about['softmax_layers'])} softmax layers, codec {codec}, "

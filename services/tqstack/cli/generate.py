@@ -73,7 +73,8 @@ def _side_by_side(runs: list[Run]) -> Columns:
 
 
 def _prepare(model: str, prompt: str, raw: bool) -> tuple[Any, list[int]]:
-    from tqstack.sidecar.model import ModelNotFoundError, load_model
+    from tqstack.models.load import load_model
+    from tqstack.models.spec import ModelNotFoundError
 
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():

@@ -19,9 +19,9 @@ def download(model: Model = "") -> None:
     """Download a model, or the rest of one; then check that its files are whole."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    from tqstack.sidecar import hub
-    from tqstack.sidecar.model import ModelNotFoundError, resolve
-    from tqstack.sidecar.safetensors import BrokenFileError, model_tensors
+    from tqstack.models import hub
+    from tqstack.models.safetensors import BrokenFileError, model_tensors
+    from tqstack.models.spec import ModelNotFoundError, resolve
 
     config = settings()
     if not model and not config.runs_sidecar:
@@ -57,8 +57,8 @@ def download(model: Model = "") -> None:
 @app.command()
 def remove(model: Model = "") -> None:
     """Remove a downloaded model from the hub's cache; folders of yours stay."""
-    from tqstack.sidecar import hub
-    from tqstack.sidecar.model import ModelNotFoundError, resolve
+    from tqstack.models import hub
+    from tqstack.models.spec import ModelNotFoundError, resolve
 
     name = model or settings().model_name
     try:

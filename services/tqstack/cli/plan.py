@@ -16,8 +16,8 @@ from tqstack.machine import machine_memory
 from tqstack.settings import Settings
 
 if TYPE_CHECKING:
-    from tqstack.sidecar.memory import Machine
-    from tqstack.sidecar.planning import Planned
+    from tqstack.models.plan import Plan
+    from tqstack.models.spec import ModelSpec
 
 # Less and less exact; the first that fits is the advice.
 SMALLER_CACHES = ("8", "6", "4", "3.5", "3", "2.5", "2")
@@ -37,20 +37,19 @@ def plan(
     The exit code is 1 if it does not fit.
     """
     config = settings()
-    from tqstack.sidecar.memory import mac
-    from tqstack.sidecar.planning import plan_model
-    from tqstack.sidecar.runtime import this_machine
+    from tqstack.models.device import this_machine
+    from tqstack.models.plan import mac
+    from tqstack.models.planning import plan_spec
 
     total = int(memory * 1e9) or machine_memory()
-    machine = mac(total) if memory else this_machine()
-
-    def planned(changed: Settings) -> Planned:
-        if shape:
-            return plan_shape(changed, shape, machine)
-        return plan_model(changed, model or None, machine)
-
+    machine = mac(total) if memory else this_machine(config.sidecar_memory_mb)
     try:
-        report = make_report(config, planned, context, total)
+        spec, weights = source(shape, model or config.model_name)
+
+        def planned(changed: Settings) -> Plan:
+            return plan_spec(changed, spec, machine, weights)
+
+        report = make_report(config, spec, planned, context, total)
     except ValueError as error:
         fail(str(error))
     if as_json:
@@ -61,31 +60,45 @@ def plan(
     raise SystemExit(not report["fits"])
 
 
-def plan_shape(config: Settings, name: str, machine: Machine) -> Planned:
+def source(shape: str, name: str) -> tuple[ModelSpec, int | None]:
+    """The model that is planned, and bytes of its weights where no files tell them.
+
+    Raises:
+        ValueError: there is no such model or shape; the message says what to do.
+    """
     from mlx.utils import tree_flatten
 
     from tqstack.bench import shapes
-    from tqstack.sidecar.planning import plan_config
+    from tqstack.models.spec import ModelSpec, read_spec
 
-    if name not in shapes.SHAPES:
-        raise ValueError(f"--shape {name}: allowed: {', '.join(shapes.SHAPES)}")
+    if not shape:
+        return read_spec(name), None
+    if shape not in shapes.SHAPES:
+        raise ValueError(f"--shape {shape}: allowed: {', '.join(shapes.SHAPES)}")
+    config = shapes.shape(shape)
     with redirect_stdout(StringIO()):  # mlx-lm prints the bits per weight
-        model = shapes.unbuilt(shapes.shape(name))
+        model = shapes.unbuilt(config)
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))  # pyright: ignore
-    return plan_config(config, name, shapes.shape(name), weights, machine)
+    return ModelSpec.of(shape, "", config), weights
 
 
 def make_report(
-    config: Settings, planned: Callable[[Settings], Planned], context: int, memory: int
+    config: Settings,
+    spec: ModelSpec,
+    planned: Callable[[Settings], Plan],
+    context: int,
+    memory: int,
 ) -> dict[str, Any]:
     """The plan as plain numbers: bytes and tokens."""
-    one = planned(config)
-    plan, tokens = one.plan, context or one.geometry.context_length
+    plan, longest = planned(config), spec.context_length
+    tokens = context or longest
+    about = spec.describe()
+    del about["compressed_layers"]  # nothing is proven yet
     return {
-        **one.describe(),
+        **about,
         "context": tokens,
         "cache": cache_name(config),
-        "fits": plan.fits(tokens) and tokens <= one.geometry.context_length,
+        "fits": plan.fits(tokens) and tokens <= longest,
         "needed": plan.total(tokens),
         "needed_fp16": replace(plan, per_token=plan.per_token_fp16).total(tokens),
         "weights": plan.weights,
@@ -99,8 +112,8 @@ def make_report(
         "memory": memory,
         "reserve": memory - plan.budget,
         "budget": plan.budget,
-        "max_tokens": min(plan.max_tokens(), one.geometry.context_length),
-        "advice": list(advice(config, planned, one, tokens)),
+        "max_tokens": min(plan.max_tokens(), longest),
+        "advice": list(advice(config, planned, plan, longest, tokens)),
     }
 
 
@@ -110,10 +123,13 @@ def cache_name(config: Settings) -> str:
 
 
 def advice(
-    config: Settings, planned: Callable[[Settings], Planned], one: Planned, tokens: int
+    config: Settings, planned: Callable[[Settings], Plan], plan: Plan, longest: int, tokens: int
 ) -> Iterator[str]:
-    """What would make `tokens` fit, best first; nothing if they do."""
-    plan, longest = one.plan, one.geometry.context_length
+    """What would make `tokens` fit, best first; nothing if they do.
+
+    Args:
+        longest: tokens that the model takes.
+    """
     if tokens > longest:
         yield f"--context {longest}: the model takes no more"
         tokens = longest
@@ -121,7 +137,7 @@ def advice(
         return
     for bits in SMALLER_CACHES:
         changed = {"tq_cache_version": "turboquant", "tq_kv_bits": bits}
-        smaller = planned(config.model_copy(update=changed)).plan
+        smaller = planned(config.model_copy(update=changed))
         if smaller.per_token < plan.per_token and smaller.fits(tokens):
             yield f"TQ_KV_BITS={bits} TQ_CACHE_VERSION=turboquant"
             break

@@ -10,6 +10,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
+from tqstack.models.runtime import Runtime
+from tqstack.models.spec import resolve
 from tqstack.openai_api import sse
 from tqstack.openai_api.body import read_body
 from tqstack.openai_api.errors import ApiError, bad_request
@@ -30,9 +32,7 @@ from tqstack.sidecar.generation import Finish, Generation
 from tqstack.sidecar.jobs import Progress
 from tqstack.sidecar.lifecycle import Loader
 from tqstack.sidecar.metrics import Metrics
-from tqstack.sidecar.model import resolve
 from tqstack.sidecar.prompt import chat_prompt
-from tqstack.sidecar.runtime import Runtime
 from tqstack.sidecar.streaming import EventStream, WhileConnected
 
 
@@ -60,12 +60,12 @@ class Sidecar:
         if runtime is None:
             raise self._not_ready()
         prompt = await asyncio.to_thread(chat_prompt, runtime.tokenizer, parsed)
-        facts = {"count": len(prompt.tokens), "max_model_len": runtime.loaded.context_length}
+        facts = {"count": len(prompt.tokens), "max_model_len": runtime.context_length}
         return JSONResponse({**facts, "tokens": prompt.tokens})
 
     async def models(self, request: Request) -> Response:
         facts = self._engine.lifecycle.facts
-        data = [model_card(facts.about)] if facts else []
+        data = [model_card(facts.describe())] if facts else []
         return JSONResponse({"object": "list", "data": data})
 
     async def model(self, request: Request) -> Response:
@@ -73,7 +73,7 @@ class Sidecar:
         facts = self._engine.lifecycle.facts
         if facts is None:
             raise self._not_ready()
-        return JSONResponse(model_card(facts.about))
+        return JSONResponse(model_card(facts.describe()))
 
     async def health(self, request: Request) -> Response:
         """A model that is not in memory is no illness: it is loaded for whoever asks."""
@@ -83,14 +83,13 @@ class Sidecar:
         body["lifecycle"]["freed_by_ollama"] = self._loader.freed
         if engine.error:
             body["error"] = engine.error
-        body["model"] = facts.about if facts else {"id": self._id}
+        body["model"] = facts.describe() if facts else {"id": self._id}
         if facts:
-            body["cache"] |= {
-                "codec": facts.codec,
-                "bytes_per_token": facts.plan.per_token,
-                "bytes_per_token_fp16": facts.plan.per_token_fp16,
-            }
-            body["memory_plan"] = facts.plan.as_dict()
+            body["cache"]["codec"] = facts.codec
+        if facts and (plan := facts.plan):
+            body["cache"]["bytes_per_token"] = plan.per_token
+            body["cache"]["bytes_per_token_fp16"] = plan.per_token_fp16
+            body["memory_plan"] = plan.as_dict()
         return JSONResponse(body, 200 if status == "ok" else 503)
 
     async def metrics(self, request: Request) -> Response:
@@ -183,8 +182,7 @@ def model_card(about: dict[str, Any]) -> dict[str, Any]:
         "created": 0,
         "owned_by": "tqstack",
         "name": f"{about['id']} (long context)",
-        "architecture": about["architecture"],
-        "context_length": about["context_length"],
+        **{name: about[name] for name in ("architecture", "context_length") if name in about},
     }
 
 

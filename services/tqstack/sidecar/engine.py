@@ -21,6 +21,8 @@ from mlx_lm.generate import BatchGenerator, StopSequences
 from mlx_lm.models.cache import LRUPromptCache
 
 from tqstack.attention.cache import TurboQuantKVCache
+from tqstack.models.planning import Facts
+from tqstack.models.runtime import Runtime
 from tqstack.openai_api.errors import ApiError
 from tqstack.sidecar.jobs import (
     Failed,
@@ -31,8 +33,7 @@ from tqstack.sidecar.jobs import (
     no_room,
     stats_of,
 )
-from tqstack.sidecar.lifecycle import Facts, Lifecycle
-from tqstack.sidecar.runtime import Runtime
+from tqstack.sidecar.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class Engine:
             log.exception("the model could not be loaded")
             self._give_up(error)
             raise LoadError from error
-        self.lifecycle.loaded(Facts(runtime.describe(), runtime.codec, runtime.plan))
+        self.lifecycle.loaded(runtime.facts)
 
     def _unload(self) -> None:
         """Give the model's memory back. Nobody is served now; whoever comes has it loaded again."""

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from mlx_lm.sample_utils import make_logits_processors
 
+from tqstack.models.runtime import Runtime
 from tqstack.openai_api.errors import ApiError, bad_request
 from tqstack.openai_api.schema import ChatRequest, TextRequest
 from tqstack.sidecar.answers import Usage
 from tqstack.sidecar.engine import Engine
 from tqstack.sidecar.jobs import Event, Failed, Job, Progress, Removed, Token
 from tqstack.sidecar.prompt import Prompt, chat_prompt, text_prompt
-from tqstack.sidecar.runtime import Runtime
 from tqstack.sidecar.sampling import make_sampler
 from tqstack.sidecar.text import AnswerReader, Part
 
@@ -114,7 +114,7 @@ def make_prompt(runtime: Runtime, request: ChatRequest | TextRequest) -> Prompt:
         prompt = text_prompt(runtime.tokenizer, request)
     if not prompt.tokens:
         raise bad_request("the prompt is empty", "prompt")
-    context = runtime.loaded.context_length
+    context = runtime.context_length
     if len(prompt.tokens) >= context:
         raise ApiError(
             400,
@@ -141,7 +141,7 @@ def refuse_unsupported(request: ChatRequest) -> None:
 
 
 def make_job(runtime: Runtime, request: ChatRequest | TextRequest, prompt: Prompt, deliver) -> Job:
-    room = runtime.loaded.context_length - len(prompt.tokens)
+    room = runtime.context_length - len(prompt.tokens)
     sampler = make_sampler(
         1.0 if request.temperature is None else request.temperature,
         1.0 if request.top_p is None else request.top_p,

@@ -1,37 +1,17 @@
-"""When the model is in memory: loaded at the start or when first needed, unloaded when idle, and
-Ollama asked to make room before it is loaded."""
+"""When the model is in memory: loaded at the start or when first needed, unloaded when idle."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import httpx
-
-from tqstack.settings import Settings, Switch
-from tqstack.sidecar.geometry import UnknownGeometryError
-from tqstack.sidecar.memory import MemoryPlan
-from tqstack.sidecar.model import ModelNotFoundError
-from tqstack.sidecar.planning import plan_model
-from tqstack.sidecar.runtime import Runtime, cache_codecs, codec_name, load_runtime
-
-log = logging.getLogger(__name__)
-
-LEAVE_SECONDS = 30.0  # for Ollama's models, which finish the answers that they are giving
-USEFUL_TOKENS = 32_768  # a context that there should be room for
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is told about a model, loaded or not."""
-
-    about: dict[str, Any]
-    codec: str
-    plan: MemoryPlan
+from tqstack.models.planning import Facts, read_facts
+from tqstack.models.runtime import Runtime, load_runtime
+from tqstack.models.spec import ModelNotFoundError
+from tqstack.settings import Settings, SettingsError
+from tqstack.sidecar.ollama import make_room
 
 
 class Lifecycle:
@@ -82,9 +62,18 @@ class Lifecycle:
 
 
 class Loader:
-    """Loads the model that the settings name, once Ollama has made room for it."""
+    """Loads the model that the settings name, once Ollama has made room for it.
+
+    Raises:
+        SettingsError: the engine cannot use the cache that is asked for.
+    """
 
     def __init__(self, settings: Settings):
+        if settings.tq_cache_version == "native":
+            raise SettingsError(
+                "TQ_CACHE_VERSION='native': mlx-lm's quantized cache cannot serve requests "
+                "together; allowed for the sidecar: turboquant, affine, none"
+            )
         self._settings = settings
         self.freed: dict[str, int] = {}  # what Ollama gave back last: model -> bytes
 
@@ -92,60 +81,14 @@ class Loader:
         """Facts of the model from its files.
 
         Raises:
-            ModelNotFoundError, BrokenFileError, UnknownGeometryError, SettingsError
+            ModelNotFoundError, BrokenFileError, SettingsError
         """
-        planned = plan_model(self._settings)
-        codec = codec_name(cache_codecs(self._settings))
-        return Facts({**planned.describe(), "compressed_layers": []}, codec, planned.plan)
+        return read_facts(self._settings)
 
     def load(self) -> Runtime:
-        self.freed = self._make_room()
-        return load_runtime(self._settings)
-
-    def _make_room(self) -> dict[str, int]:
-        if self._settings.sidecar_frees_ollama == "0":
-            return {}
         try:
-            plan = plan_model(self._settings).plan
-        except (UnknownGeometryError, ModelNotFoundError):
+            plan = self.planned().plan
+        except ModelNotFoundError:  # it is downloaded first
             plan = None
-        with httpx.Client(
-            base_url=self._settings.ollama_base_url, trust_env=False, timeout=5
-        ) as ollama:
-            try:
-                held = models_held(ollama)
-                if must_free(self._settings.sidecar_frees_ollama, plan, sum(held.values())):
-                    log.info("asking Ollama to unload %s", ", ".join(held))
-                    free(ollama, list(held))
-                    return held
-            except httpx.HTTPError as error:
-                log.info("Ollama was not asked for memory: %s", error)
-        return {}
-
-
-def must_free(switch: Switch, plan: MemoryPlan | None, held: int) -> bool:
-    """Whether Ollama's `held` bytes are needed for this model and a context of useful length."""
-    if not held or switch == "0":
-        return False
-    return switch == "1" or (plan is not None and not plan.fits(USEFUL_TOKENS, held))
-
-
-def models_held(ollama: httpx.Client) -> dict[str, int]:
-    """Ollama's models in memory, and their bytes; none if it is another kind of server."""
-    response = ollama.get("/api/ps")
-    if not response.is_success:
-        return {}
-    try:
-        models = response.json().get("models") or []
-        return {str(model["name"]): int(model.get("size") or 0) for model in models}
-    except (ValueError, AttributeError, KeyError, TypeError):
-        return {}
-
-
-def free(ollama: httpx.Client, names: list[str]) -> None:
-    """Have models unloaded, and wait until they are; answers under way are finished first."""
-    for name in names:
-        ollama.post("/api/generate", json={"model": name, "keep_alive": 0}).raise_for_status()
-    deadline = time.monotonic() + LEAVE_SECONDS
-    while models_held(ollama).keys() & set(names) and time.monotonic() < deadline:
-        time.sleep(0.2)
+        self.freed = make_room(self._settings, plan)
+        return load_runtime(self._settings)

@@ -54,10 +54,11 @@ def fault(kernel: str, error: Callable[[], float], tolerance: float) -> str | No
 
 @dataclass(frozen=True)
 class Program:
-    """A kernel: the header files of its body, the statement that calls it, and its arguments."""
+    """A kernel: the header files of its body, the statement that calls it, and its arguments.
+    Headers are files of this folder, or paths."""
 
     name: str
-    headers: tuple[str, ...]
+    headers: tuple[str | Path, ...]
     call: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]

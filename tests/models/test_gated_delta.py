@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mlx_lm.models import gated_delta as reference
 from mlx_lm.models import qwen3_5, qwen3_next
 
-from tqstack.attention import gated_delta as gd
+from tqstack.models.layers import gated_delta as gd
 
 TOLERANCE = 1e-4
 

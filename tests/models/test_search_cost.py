@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tqstack.models import search_cost
+from tqstack.models.runtime import load_runtime
 from tqstack.settings import Settings
-from tqstack.sidecar import search_cost
-from tqstack.sidecar.runtime import load_runtime
 from tqstack.turboquant.kv_codecs import KVCodecs
 
 
@@ -39,7 +39,7 @@ def test_the_share_of_the_time_decides(on_gpu, monkeypatch, seconds, affordable)
 
 @pytest.mark.parametrize("affordable, codec", [(True, "tcq4-l8"), (False, "tq4")])
 def test_auto_follows_what_was_measured(monkeypatch, affordable, codec):
-    monkeypatch.setattr("tqstack.sidecar.runtime.affords", lambda *_: affordable)
+    monkeypatch.setattr("tqstack.models.runtime.affords", lambda *_: affordable)
     assert load().codec == codec
     assert load(tq_kv_code="lloyd").codec == "tq4"
     # Options that the trellis code does not have leave it out.

@@ -1,8 +1,8 @@
 """What a context costs in memory, and whether it fits. Pure: numbers in, numbers out.
 
 On Metal running out of memory aborts the process, so a request is refused before its prefill.
-The sidecar and `tqstack plan` decide by the same `MemoryPlan`; the sidecar measures what the
-cache holds, and `tqstack plan` computes it from the model's geometry.
+The sidecar and `tqstack plan` decide by the same `Plan`; the sidecar measures what the cache
+holds, and `tqstack plan` computes it from the model's geometry.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tqstack.sidecar.geometry import Geometry
+from tqstack.models.geometry import Geometry
 
 MIB = 1 << 20
 KEY_TILE = 1024  # of tqstack.attention.tiled
+SLACK = 16 * MIB  # of a prefill step: what has no formula
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,18 @@ def mac(memory: int) -> Machine:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes. `per_token` and `per_token_fp16` are for one token in all softmax layers.
+class Plan:
+    """Bytes.
 
     Attributes:
-        tail: newest tokens of a sequence that are not compressed, in all softmax layers.
+        budget: of all that the sidecar holds.
+        weights: of the weights once loaded.
+        per_token: of one stored token in all softmax layers.
+        per_token_fp16: what that would be in 16 bits.
+        recurrent: of what one sequence keeps whatever its length: recurrent states, convolutions'
+            states, sliding windows.
+        workspace: of a prefill step, beside weights and caches.
+        tail: of a sequence's newest tokens that are not compressed, in all softmax layers.
         padded: sequences of a batch take the longest one's room: mlx-lm's own cache.
     """
 
@@ -87,46 +95,44 @@ class MemoryPlan:
         return {**asdict(self), "max_tokens": self.max_tokens()}
 
 
-def prefill_workspace(geometry: Geometry, machine: Machine) -> int:
-    """Bytes that a prefill step needs beside weights and caches, at most.
+def prefill_workspace(geometry: Geometry, tokens: int, value_bytes: int) -> int:
+    """Bytes that a prefill step of `tokens` needs beside weights and caches, at most.
 
     Attention in tiles holds some tiles of scores and the running outputs, all in float32; so does
     the recurrence as matrix products, 24 times a token's queries, keys and values (measured, and
     held by a test). The work of the recurrence and of attention may overlap.
     """
-    g, step = geometry, machine.prefill_step
-    attention = 4 * g.query_heads * step * (3 * KEY_TILE + 4 * g.head_dim)
-    recurrence = 4 * step * 24 * g.recurrence
-    feed_forward = machine.value_bytes * step * (4 * g.hidden + 3 * g.feed_forward)
+    g = geometry
+    attention = 4 * g.query_heads * tokens * (3 * KEY_TILE + 4 * g.head_dim)
+    recurrence = 4 * tokens * 24 * g.recurrence
+    feed_forward = value_bytes * tokens * (4 * g.hidden + 3 * g.feed_forward)
     # The step's keys and values are exact until its last block is packed.
-    exact = machine.value_bytes * step * len(g.softmax_layers) * 2 * g.kv_heads * g.head_dim
-    return attention + recurrence + feed_forward + exact + 16 * MIB
+    exact = value_bytes * tokens * sum(layer.token_values for layer in g.softmax)
+    return attention + recurrence + feed_forward + exact + SLACK
 
 
 def geometric_plan(
     geometry: Geometry,
-    vector_bytes: Sequence[int],
+    token_bytes: Sequence[int],
     weights: int,
     machine: Machine,
     tail_tokens: int = 0,
-) -> MemoryPlan:
+) -> Plan:
     """The plan of a model that has not been loaded.
 
     Args:
-        vector_bytes: bytes of a stored key and a stored value together, of each softmax layer.
+        token_bytes: bytes of a stored token's keys and values, of each softmax layer.
         weights: bytes of the weights once loaded.
         tail_tokens: newest tokens of a sequence that are not compressed; 0: nothing is.
     """
-    g, value_bytes = geometry, machine.value_bytes
-    windows = g.layers.count("window") * g.window * 2 * g.kv_heads * g.head_dim
-    states = g.layers.count("recurrent") * (4 * g.state + value_bytes * g.convolution)
-    return MemoryPlan(
+    values = sum(layer.token_values for layer in geometry.softmax)
+    return Plan(
         budget=machine.budget,
         weights=weights,
-        per_token=g.kv_heads * sum(vector_bytes),
-        per_token_fp16=len(vector_bytes) * g.kv_heads * 2 * 2 * g.head_dim,
-        recurrent=states + value_bytes * windows,
-        workspace=prefill_workspace(g, machine),
-        tail=tail_tokens * len(vector_bytes) * g.kv_heads * 2 * g.head_dim * value_bytes,
+        per_token=sum(token_bytes),
+        per_token_fp16=2 * values,
+        recurrent=sum(layer.fixed_bytes(machine.value_bytes) for layer in geometry.layers),
+        workspace=prefill_workspace(geometry, machine.prefill_step, machine.value_bytes),
+        tail=tail_tokens * values * machine.value_bytes,
         padded=not tail_tokens,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -13,7 +14,7 @@ LANES = 8  # that share a row of the state; measured
 
 GATED_DELTA = Program(
     name="gated_delta",
-    headers=("gated_delta.h",),
+    headers=(Path(__file__).with_name("gated_delta.h"),),
     call="""
 gated_delta<DK, DV, LANES, MASKED>(
     q, k, v, a, b, log_rate, bias, mask, state, (IN(DeltaCall))call, y, new_state,
@@ -39,7 +40,7 @@ def recurrence(
     state: mx.array,
     mask: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
-    """Shapes as in `tqstack.attention.gated_delta.gated_delta_update`; state float32."""
+    """Shapes as in `tqstack.models.layers.gated_delta.gated_delta_update`; state float32."""
     B, T, Hk, Dk = k.shape
     Hv, Dv = v.shape[-2:]
     y, new_state = GATED_DELTA(

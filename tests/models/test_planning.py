@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import mlx.core as mx
 import pytest
@@ -13,21 +13,24 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import QuantizedKVCache
 
 from processes import clean_environment
 from tqstack import demo_model
 from tqstack.attention.hybrid import make_turboquant_cache
 from tqstack.bench import shapes
 from tqstack.cli.plan import advice
-from tqstack.settings import Settings
-from tqstack.sidecar.geometry import UnknownGeometryError, read_geometry, weight_bytes
-from tqstack.sidecar.memory import geometric_plan, mac, prefill_workspace
-from tqstack.sidecar.planning import Planned, plan_config, plan_model, vector_bytes
-from tqstack.sidecar.runtime import load_runtime
-from tqstack.sidecar.safetensors import BrokenFileError, model_tensors, read_header
+from tqstack.models.geometry import UnknownGeometryError, read_geometry
+from tqstack.models.plan import Plan, mac, prefill_workspace
+from tqstack.models.planning import plan_spec, read_facts, weight_bytes
+from tqstack.models.runtime import load_runtime
+from tqstack.models.safetensors import BrokenFileError, model_tensors, read_header
+from tqstack.models.spec import ModelSpec, read_spec
+from tqstack.settings import Settings, SettingsError
 
 TOLERANCE = 0.05
 MAC = mac(32 * 10**9)
+SPEC = read_spec("demo")
 
 
 def settings(**changes) -> Settings:
@@ -44,15 +47,71 @@ def settings(**changes) -> Settings:
         {"tq_cache_version": "affine", "tq_kv_bits": "8"},
         {"tq_cache_version": "none"},
         {"tq_exact_tokens": 0},
+        {"tq_cache_version": "native"},
+        {"tq_cache_version": "native", "tq_kv_bits": "8", "tq_boundary_layers": 1},
+        {"sidecar_memory_mb": 900},
     ],
 )
 def test_the_demo_is_planned_as_the_loaded_one_measures(changes):
-    planned, runtime = plan_model(settings(**changes)), load_runtime(settings(**changes))
-    for name in ("weights", "per_token", "recurrent", "tail", "workspace", "budget", "padded"):
-        measured = getattr(runtime.plan, name)
-        assert getattr(planned.plan, name) == pytest.approx(measured, rel=TOLERANCE), name
-    told = runtime.describe()
-    assert planned.describe().items() <= told.items()
+    facts, runtime = read_facts(settings(**changes)), load_runtime(settings(**changes))
+    for field in fields(Plan):
+        planned, measured = (getattr(plan, field.name) for plan in (facts.plan, runtime.plan))
+        assert planned == pytest.approx(measured, rel=TOLERANCE), field.name
+    assert facts.describe() == {**runtime.describe(), "compressed_layers": []}
+    assert facts.codec == runtime.codec
+
+
+def test_the_budget_is_what_the_settings_leave():
+    assert plan_spec(settings(sidecar_memory_mb=900), SPEC).budget == 900 << 20
+    assert plan_spec(settings(sidecar_memory_mb=900), SPEC, MAC).budget == MAC.budget
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"tq_kv_bits": "3.5"}, "allowed: 2, 3, 4, 5, 6, 8"),
+        ({"tq_kv_bits": "k8v4"}, "same bits for keys and values"),
+        ({"tq_kv_bits": "7"}, "allowed: 2, 3, 4, 5, 6, 8"),
+        ({"tq_kv_bits": "3"}, "cannot store heads of 256 in TQ_KV_BITS=3"),  # as mlx-lm has it
+        ({"tq_kv_group_size": 16}, "allowed: 32, 64, 128"),
+    ],
+)
+def test_what_mlx_lms_quantized_cache_cannot_do_is_refused_with_a_sentence(changes, said):
+    for make in (read_facts, load_runtime):
+        with pytest.raises(SettingsError, match=said):
+            make(settings(tq_cache_version="native", **changes))
+
+
+def test_mlx_lms_quantized_cache_serves_one_request_at_a_time_and_says_so():
+    runtime = load_runtime(settings(tq_cache_version="native", tq_boundary_layers=0))
+    kinds = [type(entry) for entry in runtime.new_cache()]
+    assert [i for i, kind in enumerate(kinds) if kind is QuantizedKVCache] == [3, 7]
+    assert runtime.batch_size == 1 and runtime.codec == "mlx4-g64"
+    assert "one request at a time" in runtime.describe()["note"]
+    assert "note" not in load_runtime(settings()).describe()
+
+
+def unknown(config):
+    raise UnknownGeometryError("no formula")
+
+
+@pytest.mark.parametrize("version", ["turboquant", "none"])
+def test_a_model_without_a_formula_is_told_by_what_is_known_and_measured_when_loaded(
+    version, monkeypatch
+):
+    known = load_runtime(settings(tq_cache_version=version))
+    monkeypatch.setattr("tqstack.models.spec.read_geometry", unknown)
+    changed = settings(tq_cache_version=version)
+    facts, runtime = read_facts(changed), load_runtime(changed)
+    assert facts.plan is None and facts.codec == known.codec
+    assert facts.describe() == {"id": "demo", "context_length": 32768, "compressed_layers": []}
+    assert runtime.describe() == known.describe()
+    for name in ("weights", "per_token", "per_token_fp16", "recurrent", "tail", "padded"):
+        assert getattr(runtime.plan, name) == getattr(known.plan, name)
+    # Measured on a short context, where attention takes less than it may.
+    step = runtime.prefill_step
+    assert known.plan.workspace / 4 < runtime.plan.workspace < known.plan.workspace
+    assert runtime.workspace(step // 2) * 2 == pytest.approx(runtime.plan.workspace, abs=2)
 
 
 def test_a_prefill_of_the_demo_takes_no_more_than_planned_and_not_much_less():
@@ -81,20 +140,33 @@ def small_35b(tmp_path_factory):
     return model, shapes.shape("qwen3.5-35b-a3b", **sizes), folder
 
 
+@pytest.mark.parametrize("tokens", [64, 256, 512])
+def test_a_smaller_prefill_step_takes_the_workspace_that_is_told(tokens):
+    runtime = load_runtime(settings())
+    cache = runtime.new_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    runtime.model(mx.zeros((1, tokens), mx.int32), cache=cache)
+    mx.eval([entry.state for entry in cache])
+    used = mx.get_peak_memory() - before - sum(entry.nbytes for entry in cache)
+    assert used < runtime.workspace(tokens) <= runtime.plan.workspace
+
+
 def test_the_35b_geometry_is_planned_as_four_of_its_layers_measure(small_35b):
     model, config, folder = small_35b
     weights = weight_bytes(model_tensors(folder), config)
     geometry = read_geometry(config)
-    plan = plan_config(settings(), "small", config, weights, MAC).plan
+    plan = plan_spec(settings(), ModelSpec.of("small", "", config), MAC, weights)
+    softmax = [i for i, layer in enumerate(geometry.layers) if layer.kind == "softmax"]
     cache = make_turboquant_cache(model, 4)
     mx.eval(model(mx.array([[1, 2, 3, 4]]), cache=cache))
-    for i in geometry.softmax_layers:  # quantized products are slow on a CPU: no more of the model
+    for i in softmax:  # quantized products are slow on a CPU: no more of the model
         for tokens in (400, 1):
-            one = mx.zeros((1, geometry.kv_heads, tokens, geometry.head_dim), mx.bfloat16)
+            one = mx.zeros((1, 2, tokens, 256), mx.bfloat16)
             cache[i].update_and_fetch(one, one)
         mx.eval(cache[i].state)
     packed = 256
-    kv = sum(cache[i].nbytes for i in geometry.softmax_layers)
+    kv = sum(cache[i].nbytes for i in softmax)
     states = sum(entry.nbytes for entry in cache) - kv
     loaded = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     assert plan.weights == pytest.approx(loaded, rel=TOLERANCE)
@@ -104,18 +176,16 @@ def test_the_35b_geometry_is_planned_as_four_of_its_layers_measure(small_35b):
 
 
 def test_the_whole_35b_takes_what_its_layers_take_together():
-    geometry = read_geometry(shapes.shape("qwen3.5-35b-a3b"))
-    plan = geometric_plan(geometry, vector_bytes(settings(), geometry, MAC), 0, MAC)
-    assert geometry.softmax_layers == tuple(range(3, 40, 4))
+    spec = ModelSpec.of("35b", "", shapes.shape("qwen3.5-35b-a3b"))
+    plan = plan_spec(settings(), spec, MAC, weights=0)
+    assert spec.softmax_layers == list(range(3, 40, 4))
     assert (plan.per_token, plan.per_token_fp16) == (10 * 2 * 2 * 130, 20_480)
     assert plan.recurrent == 30 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
 
 
 def test_workspace_grows_with_the_step_and_not_with_the_context():
     geometry = read_geometry(shapes.shape("qwen3.5-35b-a3b"))
-    small, large = (
-        prefill_workspace(geometry, replace(MAC, prefill_step=step)) for step in (512, 2048)
-    )
+    small, large = (prefill_workspace(geometry, step, 2) for step in (512, 2048))
     # The wall that tiles take away: 16 heads x 2048 x 131,072 scores of 2 bytes.
     assert small < large < 16 * 2048 * 131_072 * 2 / 3
 
@@ -152,23 +222,21 @@ def test_a_model_without_a_formula_is_refused_not_guessed():
 @examples(deadline=None, max_examples=40)  # each reads the model's files
 @given(st.integers(1, 40_000), st.integers(0, 200_000_000))
 def test_advice_is_empty_exactly_if_it_fits_and_the_context_that_it_names_fits(tokens, room):
-    one = plan_model(settings())
-    weights = one.plan.weights + one.plan.workspace
+    one = plan_spec(settings(), SPEC)
 
-    def planned(changed: Settings) -> Planned:
-        plan = plan_model(changed).plan
-        return replace(one, plan=replace(plan, budget=weights + room))
+    def planned(changed: Settings) -> Plan:
+        return replace(plan_spec(changed, SPEC), budget=one.weights + one.workspace + room)
 
     tight = planned(settings())
-    found = list(advice(settings(), planned, tight, tokens))
-    assert bool(found) == (not tight.plan.fits(tokens) or tokens > 32768)
+    found = list(advice(settings(), planned, tight, 32768, tokens))
+    assert bool(found) == (not tight.fits(tokens) or tokens > 32768)
     for line in found:
         if line.startswith("--context"):
             named = int(line.split()[1].rstrip(":"))
-            assert named == 32768 or tight.plan.fits(named)
+            assert named == 32768 or tight.fits(named)
         if line.startswith("TQ_KV_BITS="):
             bits = line.split()[0].partition("=")[2]
-            assert planned(settings(tq_kv_bits=bits)).plan.fits(min(tokens, 32768))
+            assert planned(settings(tq_kv_bits=bits)).fits(min(tokens, 32768))
 
 
 def command(home, *argv):

@@ -10,7 +10,7 @@ With G_t = g_1 ... g_t inside the chunk, the rows of U solve (I + A) U = beta V 
 where A_ti = beta_t (G_t / G_i) <k_t, k_i> for i < t. Everything but S_0 is known for all chunks at
 once, and S_0 moves to the next chunk by one product: S_C = S_0 M + N.
 
-CUDA has a kernel for the recurrence itself (`kernels/recurrence.py`), which keeps the state in
+CUDA has a kernel for the recurrence itself (`recurrence.py`), which keeps the state in
 registers; this form is what the CPU runs, and what the kernel is compared with.
 """
 
@@ -23,8 +23,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gated_delta as mlx_gated_delta
 
-from tqstack.attention.kernels import recurrence as kernel
 from tqstack.attention.kernels.program import backend, fault
+from tqstack.models.layers import recurrence as kernel
 
 # Tokens whose intermediate matrices exist at once: they take 0.4 GB for 32 heads of 128.
 SEGMENT = 2048

@@ -1,4 +1,4 @@
-"""Layers made fast by `prepare` give the numbers of the layers that they replace."""
+"""Layers made fast by `adapt` give the numbers of the layers that they replace."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from tqstack.attention import convolution, experts, steps
 from tqstack.bench import shapes
+from tqstack.models.layers import convolution, experts, steps
 
 # Small sizes of the 35B geometry: experts, three recurrent layers and a softmax layer.
 SMALL = {

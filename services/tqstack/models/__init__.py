@@ -1,0 +1,1 @@
+"""Models: what their files tell (`ModelSpec`), what they will take (`Plan`), loaded (`Runtime`)."""

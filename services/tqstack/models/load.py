@@ -1,0 +1,49 @@
+"""Loading a model: the embedded one, a folder, or a hub name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import dequantize_model, load
+
+from tqstack.models import hub
+from tqstack.models.adapt import adapt
+from tqstack.models.device import this_machine
+from tqstack.models.spec import ModelSpec, read_spec, resolve
+
+
+class Loaded(NamedTuple):
+    spec: ModelSpec
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+
+
+def load_model(name: str) -> Loaded:
+    """Load `name`: "demo", a folder, or a hub name, which is downloaded if it is not here.
+
+    On the CPU weights become float32: MLX multiplies bfloat16 and quantized matrices many times
+    more slowly there.
+
+    Raises:
+        ModelNotFoundError: there is no such model.
+    """
+    _, path = resolve(name)
+    if not Path(path).is_dir():
+        hub.fetch(path)
+    spec = read_spec(name)
+    model, tokenizer = load(spec.path)[:2]
+    if this_machine().expands_weights:
+        model = dequantize_model(model)
+        model.update(tree_map(_as_float32, model.parameters()))
+        mx.eval(model.parameters())
+    adapt(model)
+    return Loaded(spec, model, tokenizer)
+
+
+def _as_float32(weight: mx.array) -> mx.array:
+    return weight.astype(mx.float32) if mx.issubdtype(weight.dtype, mx.floating) else weight

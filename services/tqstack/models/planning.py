@@ -1,0 +1,115 @@
+"""The memory plan of a model from its files, before it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqstack.models.cache_spec import CacheSpec, read_cache_spec
+from tqstack.models.device import this_machine
+from tqstack.models.geometry import read_geometry
+from tqstack.models.plan import Machine, Plan, geometric_plan
+from tqstack.models.safetensors import Tensor, model_tensors
+from tqstack.models.spec import ModelSpec, read_spec
+from tqstack.settings import Settings
+
+# Parts of a checkpoint that mlx-lm drops: the vision tower and multi-token prediction.
+NOT_LOADED = ("vision_tower", "model.visual", "visual.", "mtp.")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is told about a model, loaded or not.
+
+    Attributes:
+        plan: None: it is made when the model is loaded and measured.
+        compressed_layers: those that were proven to be.
+    """
+
+    spec: ModelSpec
+    cache: CacheSpec
+    plan: Plan | None
+    compressed_layers: tuple[int, ...]
+
+    @property
+    def id(self) -> str:
+        return self.spec.id
+
+    @property
+    def context_length(self) -> int:
+        return self.spec.context_length
+
+    @property
+    def codec(self) -> str:
+        return self.cache.name
+
+    def describe(self) -> dict[str, Any]:
+        """What `/health` tells about the model."""
+        about = self.spec.describe(self.compressed_layers)
+        if self.cache.native:
+            about["note"] = "mlx-lm's quantized cache cannot be batched: one request at a time"
+        return about
+
+
+def read_facts(settings: Settings) -> Facts:
+    """Facts of SIDECAR_MODEL from its files.
+
+    Raises:
+        ModelNotFoundError, BrokenFileError, SettingsError: it cannot be served; the message says
+            why and what to do.
+    """
+    spec, cache = read_spec(settings.model_name), read_cache_spec(settings)
+    return Facts(spec, cache, plan_spec(settings, spec) if spec.geometry else None, ())
+
+
+def plan_spec(
+    settings: Settings,
+    spec: ModelSpec,
+    machine: Machine | None = None,
+    weights: int | None = None,
+) -> Plan:
+    """The plan of a model with the cache that the settings ask for.
+
+    Args:
+        machine: what it is planned for; None: this one, with what SIDECAR_MEMORY_MB leaves of it.
+        weights: bytes of the weights once loaded; None: as its files tell.
+
+    Raises:
+        BrokenFileError, UnknownGeometryError, SettingsError: it cannot be planned; the message says
+            why and what to do.
+    """
+    machine = machine or this_machine(settings.sidecar_memory_mb)
+    geometry = spec.geometry or read_geometry(spec.config)  # which raises
+    if weights is None:
+        tensors = model_tensors(Path(spec.path))
+        weights = weight_bytes(tensors, spec.config, machine.expands_weights)
+    cache = read_cache_spec(settings)
+    stored = cache.token_bytes(geometry.softmax, machine.value_bytes)
+    return geometric_plan(geometry, stored, weights, machine, cache.tail_tokens)
+
+
+def weight_bytes(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], as_float32: bool = False
+) -> int:
+    """Bytes of the weights once loaded.
+
+    Args:
+        as_float32: as on the CPU, where quantized matrices are expanded and all becomes float32.
+    """
+    loaded = {n: t for n, t in tensors.items() if not any(part in n for part in NOT_LOADED)}
+    if not as_float32:
+        return sum(tensor.nbytes for tensor in loaded.values())
+    quantization = config.get("quantization") or {}
+    total = 0
+    for name, tensor in loaded.items():
+        base, _, part = name.rpartition(".")
+        scales = loaded.get(f"{base}.scales")
+        if scales is None:
+            total += 4 * tensor.size
+        elif part == "weight":
+            own = quantization.get(base)
+            group = (own if isinstance(own, dict) else quantization)["group_size"]
+            total += 4 * scales.size * group
+    return total

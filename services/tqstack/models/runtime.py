@@ -1,0 +1,125 @@
+"""A loaded model with everything that the engine decides by: cache, limits, memory plan."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from tqstack.attention.pool import Pool
+from tqstack.models.cache_spec import CacheSpec, read_cache_spec
+from tqstack.models.device import this_machine
+from tqstack.models.load import load_model
+from tqstack.models.measure import layer_kinds, measure
+from tqstack.models.plan import Plan, prefill_workspace
+from tqstack.models.planning import Facts
+from tqstack.models.search_cost import affords
+from tqstack.settings import Settings, SettingsError
+from tqstack.turboquant.kv_codecs import KVCodecs
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Runtime(Facts):
+    """What the engine runs.
+
+    Attributes:
+        prefill_step: tokens of a prefill step that the plan counts with.
+        batch_size: most requests that are generated for at once.
+        default_max_tokens: of an answer, where the request sets no limit.
+        prefix_cache_bytes: of prompts that are kept for their next turn.
+    """
+
+    plan: Plan
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    prefill_step: int
+    batch_size: int
+    default_max_tokens: int
+    prefix_cache_bytes: int
+
+    @property
+    def codecs(self) -> KVCodecs | None:
+        """None: the cache is not compressed."""
+        return self.cache.codecs
+
+    @property
+    def boundary_layers(self) -> int:
+        return self.cache.boundary_layers
+
+    @property
+    def exact_tokens(self) -> int:
+        return self.cache.exact_tokens
+
+    @property
+    def end_tokens(self) -> list[int]:
+        return sorted(self.tokenizer.eos_token_ids)
+
+    @property
+    def facts(self) -> Facts:
+        """What is told about the model when it is no longer in memory."""
+        return Facts(self.spec, self.cache, self.plan, self.compressed_layers)
+
+    def new_cache(self, pool: Pool | None = None) -> list[Any]:
+        """The cache of one sequence.
+
+        Args:
+            pool: where compressed blocks come from; None: the model's own, without limit.
+        """
+        return self.cache.make(self.model, pool)
+
+    def workspace(self, tokens: int) -> int:
+        """Bytes that a prefill step of `tokens` needs beside weights and caches."""
+        if self.spec.geometry is None:
+            return -(-self.plan.workspace * tokens // self.prefill_step)
+        return prefill_workspace(self.spec.geometry, tokens, this_machine().value_bytes)
+
+
+def load_runtime(settings: Settings) -> Runtime:
+    """Load the model, prove that its cache is compressed, and measure what that cache holds.
+
+    Raises:
+        ModelNotFoundError, NotCompressedError, SettingsError: the sidecar cannot serve; the message
+            says why and what to do.
+    """
+    cache, machine = read_cache_spec(settings), this_machine(settings.sidecar_memory_mb)
+    spec, model, tokenizer = load_model(settings.model_name)
+    if spec.geometry is not None:
+        cache.token_bytes(spec.geometry.softmax, machine.value_bytes)  # or it says why not
+    cache = _closest(settings, cache, model, machine.prefill_step)
+    plan, compressed = measure(spec, model, cache, machine)
+    if cache.native:
+        log.info("mlx-lm's quantized cache cannot be batched: requests are served one by one")
+    return Runtime(
+        spec=replace(spec, layers=layer_kinds(cache.make(model))),
+        cache=cache,
+        plan=plan,
+        compressed_layers=compressed,
+        model=model,
+        tokenizer=tokenizer,
+        prefill_step=machine.prefill_step,
+        batch_size=1 if cache.native else settings.sidecar_max_batch,
+        default_max_tokens=settings.sidecar_max_tokens,
+        prefix_cache_bytes=settings.sidecar_prefix_cache_mb << 20,
+    )
+
+
+def _closest(
+    settings: Settings, cache: CacheSpec, model: nn.Module, prompt_tokens: int
+) -> CacheSpec:
+    """TQ_KV_CODE=auto: the trellis code where its search is affordable here."""
+    if settings.tq_kv_code != "auto" or settings.tq_cache_version != "turboquant":
+        return cache
+    try:
+        trellis = read_cache_spec(settings, "trellis")
+    except SettingsError:  # its options, or bits, are another code's
+        return cache
+    assert trellis.codecs is not None
+    new_cache: Callable[[], list[Any]] = partial(cache.make, model)
+    return trellis if affords(trellis.codecs, model, new_cache, prompt_tokens) else cache
