@@ -8,7 +8,6 @@ prompt was cut into chunks, on what was shared, or on who is in a batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +19,7 @@ from tqstack.attention.blocks import BLOCK_TOKENS, BlockLayout, Stored, first_ex
 from tqstack.attention.kernels.choose import attention
 from tqstack.attention.pool import Pool, PoolError
 from tqstack.attention.table import Table
-from tqstack.attention.tail import REVOCABLE, Tails, tail_slots
+from tqstack.attention.tail import REVOCABLE, Tails, bounded, tail_slots
 from tqstack.turboquant.kv_codecs import Bits, KVCodecs
 
 
@@ -98,9 +97,8 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
         self._reserve(counts)
         if self._to_come is not None:
             self._to_come = [left - n for left, n in zip(self._to_come, counts, strict=True)]
-        keys, values = _bounded(keys, values)
         if not self.exact_tokens:
-            keys, values = layout.coded(keys, values)
+            keys, values = layout.coded(*bounded(keys, values))
         self.tails.drop_before([self._exact_from(length) for length in before])
         self.tails.append(keys, values, before, counts)
         self.lengths = [length + count for length, count in zip(before, counts, strict=True)]
@@ -379,14 +377,6 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
     def finalize(self) -> None:
         """The right-padded prompts have been read."""
         self._to_come = None
-
-
-@partial(mx.compile, shapeless=True)
-def _bounded(keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-    """What codecs can store, so that one broken number does not spoil the others."""
-    most = 65504  # of a half
-    bounded = [mx.where(mx.isfinite(x), mx.clip(x, -most, most), 0) for x in (keys, values)]
-    return bounded[0].astype(keys.dtype), bounded[1].astype(values.dtype)
 
 
 # mlx-lm's load_prompt_cache looks classes up by name in its own module.

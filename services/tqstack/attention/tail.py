@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache, partial
 
 import mlx.core as mx
+
+from tqstack.attention.kernels.program import backend
 
 # Tokens that can be taken back without a loss: drafts that a verification may reject.
 REVOCABLE = 8
@@ -116,10 +119,9 @@ class Tails:
         """
         at = [length - start for length, start in zip(lengths, self.starts, strict=True)]
         if keys.shape[2] <= REVOCABLE:
-            stack = self._stacked(keys, values, at)
-            self._stack = _written(stack[0], keys, at), _written(stack[1], values, at)
-            self._parts = []
+            self._write(self._stacked(keys, values, at), keys, values, at)
             return
+        keys, values = bounded(keys, values)
         parts: list[Pair | None] = []
         for i, (used, count) in enumerate(zip(at, counts, strict=True)):
             old, new = self.part(i), (keys[i : i + 1, :, :count], values[i : i + 1, :, :count])
@@ -130,6 +132,14 @@ class Tails:
                 )
             parts.append(new)
         self._parts, self._stack = parts, None
+
+    def _write(self, stack: Pair, keys: mx.array, values: mx.array, at: list[int]) -> None:
+        self._parts = []
+        if keys.shape[2] == 1 and backend() is not None:
+            self._stack = _placed(*stack, keys, values, _slots(self.slots), mx.array(at))
+            return
+        keys, values = bounded(keys, values)
+        self._stack = _written(stack[0], keys, at), _written(stack[1], values, at)
 
     def _stacked(self, keys: mx.array, values: mx.array, used: Sequence[int]) -> Pair:
         """The stack, made of the sequences' own arrays if there is none yet."""
@@ -155,6 +165,42 @@ def _row(stack: mx.array, i: int) -> mx.array:
 def _behind(x: mx.array, shift: int) -> mx.array:
     """(1, heads, slots - shift, d) of its own: a view would keep a prompt's whole chunk."""
     return mx.take(x, mx.arange(shift, x.shape[2]), axis=2)
+
+
+@partial(mx.compile, shapeless=True)
+def bounded(keys: mx.array, values: mx.array) -> Pair:
+    """What codecs can store, so that one broken number does not spoil the others."""
+    return _finite(keys), _finite(values)
+
+
+def _finite(x: mx.array) -> mx.array:
+    most = 65504  # of a half
+    return mx.where(mx.isfinite(x), mx.clip(x, -most, most), 0).astype(x.dtype)
+
+
+@mx.compile
+def _placed(
+    stack_keys: mx.array,
+    stack_values: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    slots: mx.array,
+    at: mx.array,
+) -> Pair:
+    """The stacks with one bounded token of each sequence at its slot at[i]. A GPU does in one
+    launch what writing takes five for; a CPU would go through all slots for it."""
+    here = slots[:, None] == at[:, None, None, None]  # (B, 1, slots, 1)
+    return (
+        mx.where(here, _finite(keys), stack_keys),
+        mx.where(here, _finite(values), stack_values),
+    )
+
+
+@lru_cache
+def _slots(count: int) -> mx.array:
+    slots = mx.arange(count)
+    mx.eval(slots)
+    return slots
 
 
 def _written(stack: mx.array, new: mx.array, at: list[int]) -> mx.array:
