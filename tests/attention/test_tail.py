@@ -1,4 +1,4 @@
-"""Writing a token into the tails of a batch: one launch on a GPU, slices on a CPU, the same bits."""
+"""A token written into the tails of a batch: in one launch on a GPU, by slices on a CPU."""
 
 from __future__ import annotations
 
