@@ -6,6 +6,7 @@ import typer
 
 from tqstack.cli.bench import app as bench
 from tqstack.cli.bench_router import bench_router
+from tqstack.cli.bench_serving import bench_agent, bench_serving
 from tqstack.cli.config import app as config
 from tqstack.cli.doctor import doctor
 from tqstack.cli.generate import compare, generate
@@ -26,6 +27,8 @@ app = typer.Typer(
 for command in (up, router, sidecar, generate, compare, top, doctor, plan):
     app.command()(command)
 bench.command("router")(bench_router)
+bench.command("serving")(bench_serving)
+bench.command("agent")(bench_agent)
 for name, group in (("bench", bench), ("config", config), ("model", model), ("service", service)):
     app.add_typer(group, name=name)
 

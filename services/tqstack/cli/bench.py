@@ -85,14 +85,14 @@ def speed(
         "trials": trials,
     }
     _print_speed(rows)
-    _write(output, as_json(rows, about))
+    write(output, as_json(rows, about))
     if plot:
         plots.speed(rows, plot)
 
 
 def _print_speed(rows: list[Any]) -> None:
     first = {row.context: row.decode_tps for row in reversed(rows)}
-    _show(
+    show(
         rows,
         {
             "backend": lambda row: row.backend,
@@ -113,7 +113,7 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def _show(rows: Sequence[Any], columns: Mapping[str, Callable[[Any], str]]) -> None:
+def show(rows: Sequence[Any], columns: Mapping[str, Callable[[Any], str]]) -> None:
     """Print a table: each column's title, and what it shows of a row."""
     table = Table(*columns)
     for row in rows:
@@ -121,7 +121,7 @@ def _show(rows: Sequence[Any], columns: Mapping[str, Callable[[Any], str]]) -> N
     console.print(table)
 
 
-def _write(output: Path | None, value: dict[str, Any]) -> None:
+def write(output: Path | None, value: dict[str, Any]) -> None:
     if output:
         output.write_text(json.dumps(value, indent=2) + "\n")
         console.print(f"written: {output}")
@@ -168,7 +168,7 @@ def quality(
             rows = step or rows
     except (ModelNotFoundError, ValueError, OSError) as error:
         fail(str(error), 2)
-    _show(
+    show(
         rows,
         {
             "codec": lambda row: row["codec"],
@@ -183,7 +183,7 @@ def quality(
             ),
         },
     )
-    _write(output, as_json(rows, plan, {"model": model}))
+    write(output, as_json(rows, plan, {"model": model}))
     if plot:
         plots.quality(rows[1:], plot)
 
@@ -235,7 +235,7 @@ def distortion(
         rows = [measure(name, dim, vectors, seed) for name in track(names, "measuring")]
     except ValueError as error:
         fail(str(error), 2)
-    _show(
+    show(
         rows,
         {
             "codec": lambda row: row["codec"],
@@ -247,4 +247,4 @@ def distortion(
             "<q, x> error": lambda row: f"{row['inner_product_error']:.5f} / d",
         },
     )
-    _write(output, {"dim": dim, "vectors": vectors, "seed": seed, "rows": rows})
+    write(output, {"dim": dim, "vectors": vectors, "seed": seed, "rows": rows})

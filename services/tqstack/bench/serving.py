@@ -1,0 +1,150 @@
+"""`tqstack bench serving`: what clients of a server see: speed, first token, gaps between tokens.
+
+In each round every concurrency is measured on every server in turn, so that a busy moment of the
+machine hits all of them; every other round takes the servers in reverse. A measure is so many
+streams of `/v1/completions` at once. Prompts are the same for all servers, and each begins like no
+other: nothing of a prefix cache helps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import httpx
+
+from tqstack.bench.prompts import HeldOutText
+from tqstack.bench.servers import Server
+from tqstack.bench.streams import Answer, http_client, stream
+
+
+@dataclass(frozen=True)
+class Plan:
+    concurrency: Sequence[int] = (1, 4, 8)
+    prompt_tokens: int = 500
+    generation_tokens: int = 64
+    rounds: int = 3
+
+    def steps(self, servers: int) -> int:
+        return (self.rounds + 1) * len(self.concurrency) * servers  # 1: the warm-up
+
+
+@dataclass(frozen=True)
+class Row:
+    """One server at one concurrency. None where nothing was answered.
+
+    Attributes:
+        prompt_tokens, generated_tokens: medians over requests, as the server counts them.
+        output_tps: tokens of all streams per second, prompts included: the rounds' median.
+        decode_tps: tokens per second of one stream after its first token: the requests' median.
+        error: the first error's text.
+    """
+
+    server: str
+    concurrency: int
+    requests: int
+    errors: int
+    prompt_tokens: float | None
+    generated_tokens: float | None
+    output_tps: float | None
+    decode_tps: float | None
+    first_token_s: float | None
+    first_token_s_p95: float | None
+    gap_ms: float | None
+    gap_ms_p99: float | None
+    gap_ms_max: float | None
+    error: str
+
+
+@dataclass
+class Samples:
+    """All that one server answered at one concurrency."""
+
+    answers: list[Answer] = field(default_factory=list)
+    output_tps: list[float] = field(default_factory=list)  # of each round
+
+    def add(self, answers: list[Answer], seconds: float) -> None:
+        self.answers += answers
+        tokens = sum(answer.generated_tokens for answer in answers if not answer.error)
+        self.output_tps.append(tokens / seconds)
+
+    def row(self, server: str, concurrency: int) -> Row:
+        good = [answer for answer in self.answers if not answer.error]
+        bad = [answer.error for answer in self.answers if answer.error]
+        firsts = present(answer.first_token_s for answer in good)
+        gaps = [gap for answer in good for gap in answer.gaps_ms]
+        return Row(
+            server,
+            concurrency,
+            len(self.answers),
+            len(bad),
+            median(present(answer.prompt_tokens for answer in good)),
+            median([answer.generated_tokens for answer in good]),
+            median(self.output_tps) if good else None,
+            median(present(answer.decode_tps for answer in good)),
+            median(firsts),
+            quantile(firsts, 0.95),
+            median(gaps),
+            quantile(gaps, 0.99),
+            max(gaps, default=None),
+            bad[0] if bad else "",
+        )
+
+
+def run(
+    servers: Sequence[Server], text: HeldOutText, plan: Plan, advance: Callable[[], None]
+) -> list[Row]:
+    """Measure. `advance` is called `plan.steps(len(servers))` times."""
+    return asyncio.run(_run(servers, text, plan, advance))
+
+
+async def _run(
+    servers: Sequence[Server], text: HeldOutText, plan: Plan, advance: Callable[[], None]
+) -> list[Row]:
+    samples = {(server, many): Samples() for server in servers for many in plan.concurrency}
+    async with http_client() as client:
+        for turn in range(plan.rounds + 1):
+            for many in plan.concurrency:
+                for server in servers[:: -1 if turn % 2 else 1]:
+                    answers, seconds = await _burst(client, server, text, plan, many, turn)
+                    if turn:  # the first warms up: kernels are compiled, pages are there
+                        samples[server, many].add(answers, seconds)
+                    advance()
+    return [found.row(server.name, many) for (server, many), found in samples.items()]
+
+
+async def _burst(
+    client: httpx.AsyncClient, server: Server, text: HeldOutText, plan: Plan, many: int, turn: int
+) -> tuple[list[Answer], float]:
+    """`many` requests at once: their answers, and the seconds until the last was complete."""
+    prompts = [text.prompt(f"{turn}/{many}/{i}", plan.prompt_tokens) for i in range(many)]
+    tokens = plan.generation_tokens if turn else min(plan.generation_tokens, 8)
+    bodies = [{"prompt": prompt, "max_tokens": tokens} for prompt in prompts]
+    began = time.perf_counter()
+    answers = await asyncio.gather(*(stream(client, server, body) for body in bodies))
+    return answers, time.perf_counter() - began
+
+
+def present(values: Any) -> list[Any]:
+    """`values` without what was not measured."""
+    return [value for value in values if value is not None]
+
+
+def median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def quantile(values: Sequence[float], share: float) -> float | None:
+    """The value that `share` of all do not exceed (nearest rank)."""
+    return sorted(values)[math.ceil(len(values) * share) - 1] if values else None
+
+
+def as_json(rows: Sequence[Any], servers: Sequence[Server], **about: Any) -> dict[str, Any]:
+    """The figures with what was measured: names end in their unit; tps is tokens per second."""
+    listed = [server.as_dict() for server in servers]
+    return {**about, "servers": listed, "rows": [asdict(row) for row in rows]}
