@@ -20,7 +20,8 @@ from tqstack import demo_model
 from tqstack.attention.hybrid import make_turboquant_cache
 from tqstack.bench import shapes
 from tqstack.cli.plan import advice
-from tqstack.models.geometry import UnknownGeometryError, read_geometry
+from tqstack.models.families import read_geometry
+from tqstack.models.geometry import UnknownGeometryError
 from tqstack.models.plan import Plan, mac, prefill_workspace
 from tqstack.models.planning import plan_spec, read_facts, weight_bytes
 from tqstack.models.runtime import load_runtime
@@ -212,11 +213,18 @@ def test_a_model_that_lacks_a_file_of_its_index_is_not_whole(tmp_path):
         model_tensors(tmp_path)
 
 
-def test_a_model_without_a_formula_is_refused_not_guessed():
-    for config in ({"kv_lora_rank": 512}, {"mamba_d_state": 16}, {"layer_types": ["mamba"]}):
-        sizes = {"num_attention_heads": 4, "hidden_size": 64, "num_hidden_layers": 1}
-        with pytest.raises(UnknownGeometryError, match="tqstack doctor"):
-            read_geometry({"model_type": "odd", **sizes, **config})
+@pytest.mark.parametrize(
+    "model_type, changes, why",
+    [
+        ("odd", {}, "its layers are not known"),
+        ("deepseek_v3", {"kv_lora_rank": 512}, "kv_lora_rank in its config"),
+        ("llama", {"hidden_size": None}, "no hidden_size in its config"),
+    ],
+)
+def test_a_model_without_a_formula_is_refused_not_guessed(model_type, changes, why):
+    sizes = {"num_attention_heads": 4, "hidden_size": 64, "num_hidden_layers": 1}
+    with pytest.raises(UnknownGeometryError, match=f"{why}.*tqstack doctor"):
+        read_geometry({"model_type": model_type, **sizes, "intermediate_size": 8, **changes})
 
 
 @examples(deadline=None, max_examples=40)  # each reads the model's files

@@ -27,6 +27,7 @@ def serve(config: Settings) -> Exception | None:
     """Run until a signal comes, or until the model turns out not to load: then its error."""
     import uvicorn
 
+    from tqstack.attention.dispatch import NotCompressedError
     from tqstack.sidecar.app import create_app
 
     failure: list[Exception] = []
@@ -37,7 +38,7 @@ def serve(config: Settings) -> Exception | None:
 
     try:
         app = create_app(config, on_failure=give_up)
-    except ValueError as error:
+    except (ValueError, NotCompressedError) as error:
         return error
     server = uvicorn.Server(
         uvicorn.Config(

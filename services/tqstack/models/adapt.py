@@ -8,12 +8,19 @@ from tqstack.attention.kernels.program import backend
 from tqstack.models.layers import convolution, experts, gated_delta, steps
 
 
-def adapt(model: nn.Module) -> None:
-    """Replace slow layers in place. Call it when the weights are final."""
-    dialect = backend()
+def adapt(model: nn.Module) -> dict[str, int]:
+    """Replace slow layers in place. Call it when the weights are final.
+
+    Layers are found by what they are, so that a model of no known family has them too.
+
+    Returns:
+        How many of each kind were replaced.
+    """
+    dialect, replaced = backend(), {}
     if dialect != "metal":  # there mlx-lm and MLX have kernels of their own
-        gated_delta.install(model)
-        convolution.install(model)
+        replaced["gated delta"] = gated_delta.install(model)
+        replaced["convolution"] = convolution.install(model)
     if dialect is not None:  # a CPU gains nothing from fewer launches
-        experts.install(model)
-        steps.install(model)
+        replaced["experts"] = experts.install(model)
+        replaced["steps"] = steps.install(model)
+    return replaced

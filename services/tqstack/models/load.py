@@ -13,7 +13,9 @@ from mlx_lm.utils import dequantize_model, load
 
 from tqstack.models import hub
 from tqstack.models.adapt import adapt
+from tqstack.models.cache_spec import CacheSpec
 from tqstack.models.device import this_machine
+from tqstack.models.planning import check_cache
 from tqstack.models.spec import ModelSpec, read_spec, resolve
 
 
@@ -23,19 +25,26 @@ class Loaded(NamedTuple):
     tokenizer: TokenizerWrapper
 
 
-def load_model(name: str) -> Loaded:
+def load_model(name: str, cache: CacheSpec | None = None) -> Loaded:
     """Load `name`: "demo", a folder, or a hub name, which is downloaded if it is not here.
 
     On the CPU weights become float32: MLX multiplies bfloat16 and quantized matrices many times
     more slowly there.
 
+    Args:
+        cache: what its softmax layers are to have; None: whatever comes.
+
     Raises:
         ModelNotFoundError: there is no such model.
+        NotCompressedError, SettingsError: it has nothing that this cache could hold; told before it
+            is loaded.
     """
     _, path = resolve(name)
     if not Path(path).is_dir():
         hub.fetch(path)
     spec = read_spec(name)
+    if cache is not None:
+        check_cache(spec, cache)
     model, tokenizer = load(spec.path)[:2]
     if this_machine().expands_weights:
         model = dequantize_model(model)

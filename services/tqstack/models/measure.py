@@ -120,7 +120,7 @@ def _read(model: nn.Module, entries: list[Any], tokens: int, cache: CacheSpec) -
             out = model(mx.zeros((1, count), mx.int32), cache=entries)
             mx.eval([entry.state for entry in entries])
         mx.eval(out)
-    except (ValueError, RuntimeError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         if cache.native is None:
             raise
         raise SettingsError(

@@ -99,12 +99,15 @@ def prefill_workspace(geometry: Geometry, tokens: int, value_bytes: int) -> int:
     """Bytes that a prefill step of `tokens` needs beside weights and caches, at most.
 
     Attention in tiles holds some tiles of scores and the running outputs, all in float32; so does
-    the recurrence as matrix products, 24 times a token's queries, keys and values (measured, and
-    held by a test). The work of the recurrence and of attention may overlap.
+    the recurrence (how much is measured, and held by a test). The work of the recurrence and of
+    attention may overlap.
     """
     g = geometry
-    attention = 4 * g.query_heads * tokens * (3 * KEY_TILE + 4 * g.head_dim)
-    recurrence = 4 * tokens * 24 * g.recurrence
+    tiles = 4 * g.query_heads * tokens * (3 * KEY_TILE + 4 * g.head_dim)
+    # MLX's own attention, which windows have: scores, their softmax, and a copy.
+    window = max((layer.window for layer in g.layers if layer.kind == "window"), default=-tokens)
+    attention = max(tiles, 3 * value_bytes * g.query_heads * tokens * (tokens + window))
+    recurrence = 4 * (tokens * g.recurrence + g.recurrence_chunk)
     feed_forward = value_bytes * tokens * (4 * g.hidden + 3 * g.feed_forward)
     # The step's keys and values are exact until its last block is packed.
     exact = value_bytes * tokens * sum(layer.token_values for layer in g.softmax)

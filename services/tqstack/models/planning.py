@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqstack.attention.dispatch import NotCompressedError
 from tqstack.models.cache_spec import CacheSpec, read_cache_spec
 from tqstack.models.device import this_machine
-from tqstack.models.geometry import read_geometry
+from tqstack.models.families import read_geometry
+from tqstack.models.families.mla import caches_latents
 from tqstack.models.plan import Machine, Plan, geometric_plan
 from tqstack.models.safetensors import Tensor, model_tensors
 from tqstack.models.spec import ModelSpec, read_spec
@@ -57,11 +59,27 @@ def read_facts(settings: Settings) -> Facts:
     """Facts of SIDECAR_MODEL from its files.
 
     Raises:
-        ModelNotFoundError, BrokenFileError, SettingsError: it cannot be served; the message says
-            why and what to do.
+        ModelNotFoundError, BrokenFileError, NotCompressedError, SettingsError: it cannot be served;
+            the message says why and what to do.
     """
     spec, cache = read_spec(settings.model_name), read_cache_spec(settings)
+    check_cache(spec, cache)
     return Facts(spec, cache, plan_spec(settings, spec) if spec.geometry else None, ())
+
+
+def check_cache(spec: ModelSpec, cache: CacheSpec) -> None:
+    """
+    Raises:
+        NotCompressedError: the model caches no keys and values.
+        SettingsError: mlx-lm's quantized cache cannot store vectors of their sizes.
+    """
+    if (cache.codecs or cache.native) and caches_latents(spec.config):
+        raise NotCompressedError(
+            f"{spec.id} caches latents and not keys and values (kv_lora_rank in its config), so "
+            "there is nothing to compress; run it with TQ_CACHE_VERSION=none"
+        )
+    if spec.geometry is not None:
+        cache.token_bytes(spec.geometry.softmax, value_bytes=2)
 
 
 def plan_spec(

@@ -89,9 +89,7 @@ def load_runtime(settings: Settings) -> Runtime:
             says why and what to do.
     """
     cache, machine = read_cache_spec(settings), this_machine(settings.sidecar_memory_mb)
-    spec, model, tokenizer = load_model(settings.model_name)
-    if spec.geometry is not None:
-        cache.token_bytes(spec.geometry.softmax, machine.value_bytes)  # or it says why not
+    spec, model, tokenizer = load_model(settings.model_name, cache)
     cache = _closest(settings, cache, model, machine.prefill_step)
     plan, compressed = measure(spec, model, cache, machine)
     if cache.native:

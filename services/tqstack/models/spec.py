@@ -12,13 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tqstack import demo_model
-from tqstack.models.geometry import (
-    Geometry,
-    Kind,
-    UnknownGeometryError,
-    context_length,
-    read_geometry,
-)
+from tqstack.models.families import read_geometry
+from tqstack.models.families.sizes import context_length
+from tqstack.models.geometry import Geometry, Kind, UnknownGeometryError
 
 
 class ModelNotFoundError(ValueError):

@@ -81,7 +81,7 @@ class Loader:
         """Facts of the model from its files.
 
         Raises:
-            ModelNotFoundError, BrokenFileError, SettingsError
+            ModelNotFoundError, BrokenFileError, NotCompressedError, SettingsError
         """
         return read_facts(self._settings)
 
