@@ -114,6 +114,18 @@ def test_the_account_tells_what_was_used_again_of_what_could_be(monkeypatch, wri
     assert chats.share and chats.share < 0.3  # it remembers one conversation
 
 
+def test_who_left_asks_again_before_the_next_server_has_its_turn(monkeypatch, writer):
+    transport = httpx.MockTransport(Rememberer().handle)
+    monkeypatch.setattr(agent, "http_client", lambda: httpx.AsyncClient(transport=transport))
+    monkeypatch.setattr(agent, "PAUSE_S", 0)
+    servers = [Server(name, f"http://{name}", "m") for name in "ab"]
+    rows = agent.run(servers, writer, ["cancelled"], 8, None, lambda: None)
+    assert [(row.server, row.turn) for row in rows] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    assert rows[1].prompt_tokens and rows[1].reusable_tokens == rows[1].prompt_tokens - 1
+    rows = agent.run(servers, writer, ["edited-message"], 8, None, lambda: None)
+    assert [(row.server, row.turn) for row in rows[:4]] == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+
+
 def test_a_server_that_does_not_tell_is_shown_without_a_share(monkeypatch, writer):
     rows, (summary,) = account(monkeypatch, Rememberer(tells=False), writer, "edited-message")
     assert all(row.cached_tokens is None and row.reusable_tokens is not None for row in rows)

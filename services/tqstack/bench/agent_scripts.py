@@ -166,13 +166,6 @@ def round_robin(writer: Writer) -> Script:
             chats[i] = [*messages, answer, writer.user(f"chat{i}/{turn}", 100)]
 
 
-def cancelled(writer: Writer) -> Script:
-    """A long prompt whose client leaves while it is read, and sends it again."""
-    messages = writer.document("cancelled")
-    yield Turn(messages, cold=True, leave=True, note="client left")
-    yield Turn(messages, note="again")
-
-
 def long_prefix(writer: Writer) -> Script:
     """A second question about a long document; several documents."""
     for i in range(PREFIXES):
@@ -181,14 +174,21 @@ def long_prefix(writer: Writer) -> Script:
         yield Turn([*messages, answer, writer.user(f"long{i}/second")])
 
 
+def cancelled(writer: Writer) -> Script:
+    """A long prompt whose client leaves while it is read, and sends it again."""
+    messages = writer.document("cancelled")
+    yield Turn(messages, cold=True, leave=True, note="client left")
+    yield Turn(messages, note="again")
+
+
 SCRIPTS: dict[str, Callable[[Writer], Script]] = {
     "tool-session": tool_session,
     "shared-system": shared_system,
     "edited-message": edited_message,
     "stripped-reasoning": stripped_reasoning,
     "round-robin": round_robin,
-    "cancelled": cancelled,
     "long-prefix": long_prefix,
+    "cancelled": cancelled,  # the last: a server may still be reading for nobody
 }
 
 
