@@ -22,7 +22,8 @@ ALLOWED = {
     "turboquant": {"kv_bits"},
     "attention": {"turboquant"},
     "models": {"attention", "demo_model", "kv_bits", "machine", "settings", "turboquant"},
-    "sidecar": {"attention", "models", "openai_api", "settings"},
+    "engine": {"attention", "models"},
+    "sidecar": {"engine", "machine", "models", "openai_api", "settings"},
     "router": {"openai_api", "settings"},
     "service": {"machine", "settings"},
 }

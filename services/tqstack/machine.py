@@ -22,3 +22,10 @@ def accelerator() -> Literal["metal", "cuda", "cpu"]:
 def machine_memory() -> int:
     """Bytes of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cache_folder() -> Path:
+    """Where this platform keeps what can be made again."""
+    if platform.system() == "Darwin":
+        return Path.home() / "Library/Caches/tqstack"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqstack"

@@ -95,6 +95,21 @@ class Settings(BaseSettings):
     sidecar_prefix_cache_mb: Annotated[int, Field(ge=0)] = Field(
         2048, description="memory for prompts kept for their next turn, in MiB; 0: none"
     )
+    sidecar_prefix_disk_gb: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = (
+        Field(
+            "auto",
+            description="disk for prompts that are kept across restarts, in GB; 0: none; "
+            "auto: 8 on a Mac, else none",
+        )
+    )
+    sidecar_max_queue: Annotated[int, Field(ge=1)] = Field(
+        64, description="requests that may wait for their turn; more get a 429"
+    )
+    sidecar_stream_gap_ms: Literal["auto"] | Annotated[int, Field(ge=10)] = Field(
+        "auto",
+        description="how long reading others' prompts may hold a stream up; "
+        "auto: 250 on a GPU, 1000 on a CPU",
+    )
     sidecar_lazy_load: Switch = Field(
         "auto", description="load the model at the first request; auto: on a Mac with 32 GB or less"
     )
@@ -191,6 +206,13 @@ class Settings(BaseSettings):
             return self.sidecar_lazy_load == "1"
         small = accelerator() == "metal" and machine_memory() <= SMALL_MEMORY
         return small and self.model_name != "demo"
+
+    @property
+    def prefix_disk_bytes(self) -> int:
+        gigabytes = self.sidecar_prefix_disk_gb
+        if gigabytes == "auto":
+            gigabytes = 8 if accelerator() == "metal" else 0
+        return int(gigabytes * 1e9)
 
     @property
     def sidecar_url(self) -> str:

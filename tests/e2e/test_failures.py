@@ -78,7 +78,7 @@ def test_a_client_that_leaves_during_prefill_frees_the_sidecar(mortal, needle_of
     [
         ({"TQ_KV_BITS": "9"}, "TQ_KV_BITS='9'"),
         ({"SIDECAR_MODEL": "/no/such/model"}, "/no/such/model"),
-        ({"TQ_CACHE_VERSION": "native"}, "cannot serve requests together"),
+        ({"TQ_CACHE_VERSION": "native", "TQ_KV_BITS": "3"}, "allowed: 2, 4, 8"),
         ({"TQ_NO_SUCH_THING": "1"}, "TQ_NO_SUCH_THING is not a setting"),
     ],
 )

@@ -19,15 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from engine.jobs import answer, submit
 from processes import clean_environment, free_port, get, running, wait_for, wait_until
-from sidecar.jobs import answer, submit
+from tqstack.engine.engine import Engine
+from tqstack.engine.jobs import JobError
 from tqstack.models.geometry import UnknownGeometryError
 from tqstack.models.plan import Plan
-from tqstack.openai_api.errors import ApiError
 from tqstack.settings import Settings
 from tqstack.sidecar.app import create_app
-from tqstack.sidecar.engine import Engine
-from tqstack.sidecar.lifecycle import Loader
+from tqstack.sidecar.loader import Loader
 from tqstack.sidecar.ollama import USEFUL_TOKENS, must_free
 
 SETTINGS = Settings(sidecar_model="demo", sidecar_frees_ollama="0")
@@ -116,15 +116,15 @@ def test_all_who_wait_for_a_model_that_does_not_load_are_told_why():
         held.wait(10)
         raise OSError("the disk is gone")
 
-    engine = Engine(load, failures.put, unloaded=loader.planned())
+    engine = Engine(load, on_failure=failures.put, unloaded=loader.planned())
     engine.start()
     first, second = engine.ready(), engine.ready()
     held.set()
     for future in (first, second):
-        with pytest.raises(ApiError, match="the disk is gone"):
+        with pytest.raises(JobError, match="the disk is gone"):
             future.result(10)
     assert isinstance(failures.get(timeout=5), OSError)
-    assert ask(engine).status == 503
+    assert ask(engine).code == "no_model"
     engine.close()
 
 

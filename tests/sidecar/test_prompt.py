@@ -21,9 +21,30 @@ def test_the_prompt_is_the_models_own_template():
     prompt = prompt_of({"role": "user", "content": "Hi"})
     text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert prompt.tokens == PLAIN.encode(text)
-    head, tail = prompt.segments
-    assert PLAIN.decode(head) == "<|im_start|>user\nHi<|im_end|>\n"
-    assert PLAIN.decode(tail) == "<|im_start|>assistant\n"
+
+
+def test_boundaries_are_behind_the_ends_of_messages():
+    prompt = prompt_of(
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Say something about the weather of today."},
+    )
+    ends = [PLAIN.decode(prompt.tokens[:end]) for end in prompt.boundaries[-2:]]
+    assert ends[0] == "<|im_start|>system\nBe brief.<|im_end|>"
+    assert ends[1].endswith("of today.<|im_end|>")
+
+
+def test_a_template_of_plain_text_has_a_boundary_before_what_may_merge():
+    tokenizer = load(demo_model.PATH)
+    tokenizer.chat_template = (
+        "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}### assistant:{% endif %}"
+    )
+    text = "Say something about the weather of today, and of tomorrow, and of the day after."
+    request = ChatRequest(messages=[{"role": "user", "content": text}])
+    prompt = chat_prompt(tokenizer, request)
+    (end,) = prompt.boundaries
+    kept = PLAIN.decode(prompt.tokens[:end])
+    assert f"### user: {text}".startswith(kept) and len(kept) > 40
 
 
 def test_text_parts_are_joined_and_other_parts_refused():

@@ -125,6 +125,12 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
         for table, length, count in zip(self.tables, self.lengths, counts, strict=True):
             table.reserve(self._full_blocks(length + count))
 
+    def settle(self) -> list[mx.array]:
+        """What must be computed for all that was stored to be held, and nothing else: once it is,
+        what the last tokens' queries read is gone."""
+        self._reading = None
+        return [*self.tails.held(), *self.pool.slabs(self.layer)]
+
     def keys_and_values(self):
         """For layers that read another layer's cache; the same promise as `update_and_fetch`."""
         return self, self

@@ -137,8 +137,7 @@ class Pool:
         Raises:
             PoolFullError: there are not so many within the limit.
         """
-        if count > len(self._free):
-            self._grow(count - len(self._free))
+        self.ensure(count)
         taken = [heapq.heappop(self._free) for _ in range(count)]
         self._holders.update(dict.fromkeys(taken, 1))
         return taken
@@ -160,11 +159,42 @@ class Pool:
                 del self._holders[block]
                 heapq.heappush(self._free, block)
 
+    def ensure(self, count: int) -> None:
+        """Have so many free blocks, for what is promised to others.
+
+        Raises:
+            PoolFullError: there are not so many within the limit.
+        """
+        if count > len(self._free):
+            self._grow(count - len(self._free))
+
+    def shrink(self, kept: int = 0) -> int:
+        """Give back the last slabs, those that hold nothing, as long as `kept` blocks stay free.
+
+        Returns:
+            Bytes that were given back.
+        """
+        before = self.nbytes
+        while self._sizes and len(self._free) - self._sizes[-1] >= kept:
+            first = len(self._sizes) - 1 << ROW_BITS
+            if any(block >= first for block in self._holders):
+                break
+            self._free = [block for block in self._free if block < first]
+            heapq.heapify(self._free)
+            self._sizes.pop()
+            for slabs in self._slabs:
+                if slabs:
+                    slabs.pop()
+        return before - self.nbytes
+
     def _grow(self, missing: int) -> None:
         late = len(self._sizes) >= LATE_SLAB
-        size = max(missing, FIRST_SLAB, self.capacity if late else self.capacity // 2)
+        wanted = max(FIRST_SLAB, self.capacity if late else self.capacity // 2)
+        size = max(missing, wanted)
         if self.limit is not None and self.block_bytes:
-            size = min(size, (self.limit - self.nbytes) // self.block_bytes)
+            room = (self.limit - self.nbytes) // self.block_bytes
+            # Of the room that is left, others may want some: no more than half beyond the need.
+            size = min(max(missing, min(wanted, (missing + room) // 2)), room)
         if size < missing or len(self._sizes) == MAX_SLABS:
             available = len(self._free) + (max(0, size) if len(self._sizes) < MAX_SLABS else 0)
             raise PoolFullError(missing + len(self._free), available, self.limit)

@@ -61,7 +61,7 @@ def restore(cache: TurboQuantKVCache, state: Any) -> None:
     codecs, layer, layers = KVCodecs(*about["codecs"]), about["layer"], about["layers"]
     pool = Pool(layers)  # of the sequences that no other layer has brought yet
     tables = [
-        _meeting.setdefault(key, PerLayer()).take(layer, (), lambda: Table(pool))
+        _meeting.setdefault(key, PerLayer(layers)).take(layer, (), lambda: Table(pool))
         for key in about["sequences"]
     ]
     cache.__init__(codecs, about["exact_tokens"], tables[0], layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from uuid import uuid4
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary
 
 from tqstack.attention.pool import Pool, PoolError
 
@@ -26,7 +26,7 @@ class Table:
         self.key = uuid4().hex  # names the sequence in a file, so that its layers meet again
         self._ids: tuple[int, ...] | None = tuple(ids)
         self._needed: dict[int, int] = {}  # blocks that each layer needs
-        self._forks = PerLayer()
+        self._forks = PerLayer(pool.layers)
         self._copies: WeakKeyDictionary[Pool, PerLayer] = WeakKeyDictionary()
 
     @property
@@ -76,7 +76,7 @@ class Table:
 
     def copy_to(self, pool: Pool, layer: int, count: int) -> Table:
         """A table of new blocks in another pool, which `layer` has filled with its part."""
-        copies = self._copies.setdefault(pool, PerLayer())
+        copies = self._copies.setdefault(pool, PerLayer(pool.layers))
 
         def make() -> Table:
             table = Table(pool)
@@ -102,11 +102,14 @@ class Table:
 
 class PerLayer:
     """Hands one table to all layers of a cache, each of which asks by itself: the n-th that a layer
-    asks for is the n-th of every layer, if it still begins with the blocks that are wanted."""
+    asks for is the n-th of every layer, if it still begins with the blocks that are wanted. It is
+    held until all have asked, since the first one may be done with it before the next one comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
         self._asked: Counter[int] = Counter()
-        self._made: WeakValueDictionary[int, Table] = WeakValueDictionary()
+        self._taken: Counter[int] = Counter()
+        self._made: dict[int, Table] = {}
 
     def take(self, layer: int, ids: tuple[int, ...], make: Callable[[], Table]) -> Table:
         number = self._asked[layer]
@@ -114,4 +117,7 @@ class PerLayer:
         table = self._made.get(number)
         if table is None or table._ids is None or table.ids[: len(ids)] != ids:
             table = self._made[number] = make()
+        self._taken[number] += 1
+        if self._taken[number] == self._layers:
+            del self._made[number], self._taken[number]
         return table

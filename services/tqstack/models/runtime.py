@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
@@ -16,9 +20,10 @@ from tqstack.models.cache_spec import CacheSpec, read_cache_spec
 from tqstack.models.device import this_machine
 from tqstack.models.load import load_model
 from tqstack.models.measure import layer_kinds, measure
-from tqstack.models.plan import Plan, prefill_workspace
+from tqstack.models.plan import Machine, Plan, prefill_workspace
 from tqstack.models.planning import Facts
 from tqstack.models.search_cost import affords
+from tqstack.models.spec import ModelSpec
 from tqstack.settings import Settings, SettingsError
 from tqstack.turboquant.kv_codecs import KVCodecs
 
@@ -34,6 +39,7 @@ class Runtime(Facts):
         batch_size: most requests that are generated for at once.
         default_max_tokens: of an answer, where the request sets no limit.
         prefix_cache_bytes: of prompts that are kept for their next turn.
+        fingerprint: the same where the same tokens lead to the same cache.
     """
 
     plan: Plan
@@ -43,6 +49,7 @@ class Runtime(Facts):
     batch_size: int
     default_max_tokens: int
     prefix_cache_bytes: int
+    fingerprint: str
 
     @property
     def codecs(self) -> KVCodecs | None:
@@ -105,7 +112,18 @@ def load_runtime(settings: Settings) -> Runtime:
         batch_size=1 if cache.native else settings.sidecar_max_batch,
         default_max_tokens=settings.sidecar_max_tokens,
         prefix_cache_bytes=settings.sidecar_prefix_cache_mb << 20,
+        fingerprint=fingerprint(spec, cache, machine),
     )
+
+
+def fingerprint(spec: ModelSpec, cache: CacheSpec, machine: Machine) -> str:
+    """What makes a cache's numbers: the model's files, the codecs with their seeds, the type that
+    is computed in, and the version of MLX."""
+    files = sorted(Path(spec.path).glob("*.safetensors")) if spec.path else []
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    config = json.dumps(spec.config, sort_keys=True, default=str)
+    what = (spec.id, config, weights, cache, machine.value_bytes, version("mlx"))
+    return hashlib.blake2b(repr(what).encode(), digest_size=16).hexdigest()
 
 
 def _closest(

@@ -36,6 +36,7 @@ class _Request(BaseModel):
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
     stop: str | list[str] | None = None
     n: Annotated[int, Field(strict=True, ge=1, le=1)] | None = None
+    cache_prompt: Flag | None = None
 
     @property
     def stop_strings(self) -> list[str]:

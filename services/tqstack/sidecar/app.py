@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
+from tqstack.engine.engine import Engine
+from tqstack.engine.jobs import JobError, Progress
 from tqstack.models.runtime import Runtime
 from tqstack.models.spec import resolve
 from tqstack.openai_api import sse
@@ -27,10 +30,8 @@ from tqstack.openai_api.schema import (
 )
 from tqstack.settings import Settings
 from tqstack.sidecar.answers import Answer
-from tqstack.sidecar.engine import Engine
-from tqstack.sidecar.generation import Finish, Generation
-from tqstack.sidecar.jobs import Progress
-from tqstack.sidecar.lifecycle import Loader
+from tqstack.sidecar.generation import Finish, Generation, as_api_error
+from tqstack.sidecar.loader import Loader, new_worker
 from tqstack.sidecar.metrics import Metrics
 from tqstack.sidecar.prompt import chat_prompt
 from tqstack.sidecar.streaming import EventStream, WhileConnected
@@ -56,9 +57,10 @@ class Sidecar:
     async def tokenize(self, request: Request) -> Response:
         """A chat's prompt as tokens, as vLLM answers it. Loads no model."""
         parsed = await self._parsed(request, ChatRequest)
-        runtime = self._engine.runtime
-        if runtime is None:
+        worker = self._engine.worker
+        if worker is None:
             raise self._not_ready()
+        runtime = worker.runtime
         prompt = await asyncio.to_thread(chat_prompt, runtime.tokenizer, parsed)
         facts = {"count": len(prompt.tokens), "max_model_len": runtime.context_length}
         return JSONResponse({**facts, "tokens": prompt.tokens})
@@ -118,7 +120,10 @@ class Sidecar:
         """The model, which this waits for unless it is the first time: others can serve then."""
         if self._engine.lifecycle.starting:
             raise self._not_ready()
-        return await asyncio.wrap_future(self._engine.ready())
+        try:
+            return await asyncio.wrap_future(self._engine.ready())
+        except JobError as error:
+            raise as_api_error(error) from None
 
     def _not_ready(self) -> ApiError:
         why = self._engine.error or f"{self._id} is being loaded"
@@ -147,7 +152,7 @@ def create_app(
     loader = Loader(settings)
     unloaded = loader.planned() if settings.loads_lazily else None
     idle = settings.sidecar_idle_unload_seconds
-    engine = Engine(loader.load, on_failure, unloaded, idle)
+    engine = Engine(loader.load, partial(new_worker, settings), on_failure, unloaded, idle)
     sidecar = Sidecar(engine, loader, settings)
 
     @asynccontextmanager
@@ -195,7 +200,7 @@ async def whole_answer(generation: Generation, answer: Answer) -> dict[str, Any]
                 reason = event.reason
             elif not isinstance(event, Progress):
                 answer.parts.append(event)
-    return answer.whole(reason, generation.usage, generation.job.stats)
+    return answer.whole(reason, generation.usage, generation.stats)
 
 
 async def stream_events(
@@ -213,7 +218,7 @@ async def stream_events(
                 yield sse.event(opening)
                 opening = None
             if isinstance(event, Finish):
-                yield sse.event(answer.closing(event.reason, generation.job.stats))
+                yield sse.event(answer.closing(event.reason, generation.stats))
             else:
                 yield sse.event(answer.chunk(event))
     if with_usage:

@@ -6,18 +6,19 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
-from mlx_lm.sample_utils import make_logits_processors
-
+from tqstack.engine.engine import Engine
+from tqstack.engine.jobs import Event, Failed, Job, JobError, Progress, Removed, Token
+from tqstack.engine.sampling import Sampling
 from tqstack.models.runtime import Runtime
 from tqstack.openai_api.errors import ApiError, bad_request
 from tqstack.openai_api.schema import ChatRequest, TextRequest
 from tqstack.sidecar.answers import Usage
-from tqstack.sidecar.engine import Engine
-from tqstack.sidecar.jobs import Event, Failed, Job, Progress, Removed, Token
 from tqstack.sidecar.prompt import Prompt, chat_prompt, text_prompt
-from tqstack.sidecar.sampling import make_sampler
 from tqstack.sidecar.text import AnswerReader, Part
+
+QUEUE_SECONDS = 5  # after which a request that found the queue full may try again
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class Generation:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._completion_tokens = 0
-        self.job = make_job(runtime, request, self.prompt, self._deliver)
+        self.job = make_job(runtime, request, self.prompt)
+        self.cached_tokens = 0
+        self.stats: dict[str, Any] = {}
 
     def _deliver(self, event: Event) -> None:
         """Called by the engine's thread."""
@@ -55,7 +58,7 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.prompt.tokens), self._completion_tokens, self.job.cached_tokens)
+        return Usage(len(self.prompt.tokens), self._completion_tokens, self.cached_tokens)
 
     async def run(self) -> AsyncGenerator[Progress | Part | Finish, None]:
         """Generate. Closing the iterator early takes the request off the engine.
@@ -64,14 +67,15 @@ class Generation:
             ApiError: the engine refused the request, or failed.
         """
         self._loop, finished = asyncio.get_running_loop(), False
-        self._engine.submit(self.job)
+        self._engine.submit(self.job, self._deliver)
         try:
             while not finished:
                 event = await self._events.get()
                 if isinstance(event, Failed):
                     finished = True
-                    raise event.error
+                    raise as_api_error(event.error)
                 if isinstance(event, Progress):
+                    self.cached_tokens = event.cached
                     yield event
                 elif isinstance(event, Removed) or self._reader.stopped:
                     # After a stop string, tokens may still come until the engine has let go.
@@ -83,6 +87,8 @@ class Generation:
                     if self._reader.stopped and not finished:
                         self._engine.cancel(self.job)
                 if finished:
+                    assert not isinstance(event, Progress)
+                    self.stats = event.stats or {}
                     yield Finish(self._reason(event))
         finally:
             if not finished:
@@ -140,19 +146,37 @@ def refuse_unsupported(request: ChatRequest) -> None:
         )
 
 
-def make_job(runtime: Runtime, request: ChatRequest | TextRequest, prompt: Prompt, deliver) -> Job:
+def make_job(runtime: Runtime, request: ChatRequest | TextRequest, prompt: Prompt) -> Job:
     room = runtime.context_length - len(prompt.tokens)
-    sampler = make_sampler(
+    sampling = Sampling(
         1.0 if request.temperature is None else request.temperature,
         1.0 if request.top_p is None else request.top_p,
         request.top_k or 0,
         request.min_p or 0.0,
         request.seed,
-    )
-    processors = make_logits_processors(
-        repetition_penalty=request.repetition_penalty,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
+        request.repetition_penalty,
+        request.presence_penalty,
+        request.frequency_penalty,
     )
     limit = request.token_limit or runtime.default_max_tokens
-    return Job(prompt.segments, min(limit, room), sampler, processors, deliver)
+    return Job(
+        prompt.tokens,
+        min(limit, room),
+        sampling,
+        prompt.boundaries,
+        request.cache_prompt is not False,
+    )
+
+
+STATUS = {"insufficient_memory": 503, "queue_full": 429, "no_model": 503, "engine_error": 500}
+
+
+def as_api_error(error: JobError) -> ApiError:
+    """What the engine refuses, in OpenAI's form."""
+    return ApiError(
+        STATUS[error.code],
+        error.message,
+        code=error.code,
+        retry=error.code in ("queue_full", "no_model"),
+        retry_after=QUEUE_SECONDS if error.code == "queue_full" else None,
+    )

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from tqstack.sidecar.engine import Engine
+from tqstack.engine.engine import Engine
 
 
 class EngineCollector:
@@ -27,11 +27,23 @@ class EngineCollector:
             "cache_bytes": ("Keys and values, as really held", cache["bytes"]),
             "cache_bytes_fp16": ("The same in 16 bits", cache["bytes_fp16"]),
         }
+        if memory := status.get("memory"):
+            gauges["memory_budget_bytes"] = ("All that may be held", memory["budget"])
+            gauges["memory_held_bytes"] = ("What is held", memory["held"])
         for name, (what, value) in gauges.items():
             yield GaugeMetricFamily(f"tqstack_sidecar_{name}", what, value=value)
         for name, value in status["totals"].items():
             what = f"{name.replace('_', ' ').capitalize()} since the start"
             yield CounterMetricFamily(f"tqstack_sidecar_{name}", what, value=value)
+        if prefixes := status.get("prefixes"):
+            missed = CounterMetricFamily(
+                "tqstack_sidecar_prefix_misses",
+                "Prompts that were read anew, by why",
+                labels=["why"],
+            )
+            for why, count in prefixes["misses"].items():
+                missed.add_metric([why], count)
+            yield missed
 
 
 class Metrics:

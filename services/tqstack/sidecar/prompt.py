@@ -12,23 +12,22 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqstack.openai_api.errors import bad_request
 from tqstack.openai_api.schema import ChatRequest, Message, TextRequest
 
+HEADER_TOKENS = 4  # most tokens between two markers of a message's header
+MERGES = 8  # last tokens of a text that other text may merge with differently
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens of a prompt, cut where its prefix may be used again.
-
-    `reusable` tokens, up to the end of the last message, are the same in the next turn's prompt.
+    """
+    Attributes:
+        boundaries: positions behind its messages, ascending: the next turn's prompt is the same up
+            to one of them.
+        reasoning: the template has opened a reasoning block.
     """
 
     tokens: list[int]
-    reusable: int = 0
-    reasoning: bool = False  # the template has opened a reasoning block
-
-    @property
-    def segments(self) -> list[list[int]]:
-        if not 0 < self.reusable < len(self.tokens):
-            return [self.tokens]
-        return [self.tokens[: self.reusable], self.tokens[self.reusable :]]
+    boundaries: tuple[int, ...] = ()
+    reasoning: bool = False
 
 
 def text_prompt(tokenizer: TokenizerWrapper, request: TextRequest) -> Prompt:
@@ -65,9 +64,30 @@ def chat_prompt(tokenizer: TokenizerWrapper, request: ChatRequest) -> Prompt:
         raise bad_request("the chat template made an empty prompt of these messages", "messages")
     tokens = tokenizer.encode(text, add_special_tokens=False)
     opening = text[len(closed) :] if text.startswith(closed) else ""
-    tail = tokenizer.encode(opening, add_special_tokens=False) if opening else []
-    reusable = len(tokens) - len(tail) if tail and tokens[-len(tail) :] == tail else 0
-    return Prompt(tokens, reusable, _opens_reasoning(tokenizer, opening or text))
+    boundaries = _after_markers(tokens, _markers(tokenizer))
+    if not boundaries and opening:  # a template of plain text
+        end = len(tokens) - len(tokenizer.encode(opening, add_special_tokens=False)) - MERGES
+        boundaries = (end,) if end > 0 else ()
+    return Prompt(tokens, boundaries, _opens_reasoning(tokenizer, opening or text))
+
+
+def _markers(tokenizer: TokenizerWrapper) -> frozenset[int]:
+    """Tokens that templates put between messages; no text merges with them."""
+    added = tokenizer.added_tokens_decoder.items()
+    special = {int(i) for i, token in added if token.special}
+    return frozenset(special | set(tokenizer.all_special_ids) | set(tokenizer.eos_token_ids))
+
+
+def _after_markers(tokens: list[int], markers: frozenset[int]) -> tuple[int, ...]:
+    """Positions behind the first of each run of markers: what ends a message comes before what
+    names the role of the next."""
+    ends, last = [], -2 * HEADER_TOKENS
+    for i, token in enumerate(tokens):
+        if token in markers:
+            if i - last > HEADER_TOKENS:
+                ends.append(i + 1)
+            last = i
+    return tuple(ends)
 
 
 def _opens_reasoning(tokenizer: TokenizerWrapper, tail: str) -> bool:

@@ -7,11 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tqstack.models.planning import Facts, read_facts
-from tqstack.models.runtime import Runtime, load_runtime
-from tqstack.models.spec import ModelNotFoundError
-from tqstack.settings import Settings, SettingsError
-from tqstack.sidecar.ollama import make_room
+from tqstack.models.planning import Facts
 
 
 class Lifecycle:
@@ -59,36 +55,3 @@ class Lifecycle:
             "load_seconds": self._load_seconds,
             "idle_unload_seconds": self.idle_seconds,
         }
-
-
-class Loader:
-    """Loads the model that the settings name, once Ollama has made room for it.
-
-    Raises:
-        SettingsError: the engine cannot use the cache that is asked for.
-    """
-
-    def __init__(self, settings: Settings):
-        if settings.tq_cache_version == "native":
-            raise SettingsError(
-                "TQ_CACHE_VERSION='native': mlx-lm's quantized cache cannot serve requests "
-                "together; allowed for the sidecar: turboquant, affine, none"
-            )
-        self._settings = settings
-        self.freed: dict[str, int] = {}  # what Ollama gave back last: model -> bytes
-
-    def planned(self) -> Facts:
-        """Facts of the model from its files.
-
-        Raises:
-            ModelNotFoundError, BrokenFileError, NotCompressedError, SettingsError
-        """
-        return read_facts(self._settings)
-
-    def load(self) -> Runtime:
-        try:
-            plan = self.planned().plan
-        except ModelNotFoundError:  # it is downloaded first
-            plan = None
-        self.freed = make_room(self._settings, plan)
-        return load_runtime(self._settings)

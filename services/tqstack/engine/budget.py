@@ -1,0 +1,212 @@
+"""One budget: weights, workspace, pool, states and checkpoints, held or promised.
+
+A job is admitted when all that it may ever need has room beside what is held and promised already;
+on Metal, memory that runs out aborts the process. Prefixes give way first, the least useful ones
+first, and those that a waiting job will use last. Before a job is refused its chunks are halved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tqstack.attention.pool import Pool, PoolFullError
+from tqstack.engine.prefix import Node
+from tqstack.engine.store import PrefixStore
+
+SMALLEST_CHUNK = 64
+KV_STEP = 256  # tokens by which mlx-lm's own caches grow
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes.
+
+    Attributes:
+        fixed: of a sequence, whatever its length: states, windows, the exact tail.
+        block: of a block in all compressed layers.
+        token: of a token in layers that have no pool; batches are padded there.
+        workspace: of a step that reads so many tokens.
+        exact: tokens that a query sees unpacked, beside its own block.
+    """
+
+    limit: int
+    weights: int
+    fixed: int
+    block: int
+    token: int
+    workspace: Callable[[int], int]
+    exact: int = 0
+    block_tokens: int = 128
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that are packed when a sequence has so many tokens."""
+        if not self.block:
+            return 0
+        return max(0, tokens // self.block_tokens - self.exact // self.block_tokens)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a job may need in all."""
+
+    tokens: int
+    blocks: int
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A job that asks for room.
+
+    Attributes:
+        tokens: at its longest.
+        node: the checkpoint that it goes on from.
+    """
+
+    tokens: int
+    node: Node | None = None
+
+
+class Budget:
+    """
+    Args:
+        chunk: most tokens of a chunk.
+        held: blocks that a job's sequence holds now.
+        in_flight: bytes of what is being written to the disk.
+    """
+
+    def __init__(
+        self,
+        costs: Costs,
+        chunk: int,
+        pool: Pool | None,
+        store: PrefixStore,
+        held: Callable[[int], int],
+        in_flight: Callable[[], int] = lambda: 0,
+    ):
+        self._costs, self._chunk, self._pool, self._store = costs, chunk, pool, store
+        self._held, self._in_flight = held, in_flight
+        self._promises: dict[int, Promise] = {}
+
+    @property
+    def limit(self) -> int:
+        return self._costs.limit
+
+    @property
+    def committed(self) -> int:
+        """Bytes that are held or promised."""
+        return self._total(list(self._promises.values()), self._due())
+
+    def workspace(self) -> int:
+        """Bytes that steps of the admitted jobs may take for a moment."""
+        return self._workspace(self._promises.values())
+
+    def _due(self) -> int:
+        """Blocks that were promised, and not taken yet."""
+        return sum(max(0, p.blocks - self._held(job)) for job, p in self._promises.items())
+
+    def _workspace(self, promises) -> int:
+        return max((self._costs.workspace(p.chunk) for p in promises), default=0)
+
+    def _fixed(self, promises: list[Promise]) -> int:
+        """All that is no prefix and not in the pool."""
+        costs = self._costs
+        longest = max((p.tokens for p in promises), default=0) + KV_STEP
+        plain = costs.token * longest * len(promises) if costs.token else 0
+        states = costs.fixed * len(promises) + plain
+        return costs.weights + self._workspace(promises) + states + self._in_flight()
+
+    def _total(self, promises: list[Promise], due: int) -> int:
+        pool, blocks = self._pool, 0
+        if pool is not None:
+            blocks = max(pool.nbytes, (pool.blocks_used + due) * self._costs.block)
+        return self._fixed(promises) + blocks + self._store.state_bytes
+
+    # -- admission ---------------------------------------------------------------------------
+
+    def alone(self, wish: Wish) -> int:
+        """Tokens of a chunk by which the job could be read if nothing else were held; 0: never."""
+        for promise in self._promised(wish):
+            needed = self._fixed([promise]) - self._in_flight()
+            if needed + promise.blocks * self._costs.block <= self.limit:
+                return promise.chunk
+        return 0
+
+    def longest(self) -> int:
+        """Tokens of the longest sequence that `alone` lets in."""
+        low, high = 0, 1 << 32
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.alone(Wish(middle)) else (low, middle - 1)
+        return low
+
+    def admit(self, job: int, wish: Wish, kept: set[Node]) -> int:
+        """Promise a job what it may need; prefixes make room, but not `kept`.
+
+        Returns:
+            Tokens of a chunk; 0: there is no room now, and nothing was evicted in vain.
+        """
+        for promise in self._promised(wish):
+            if self._could(promise, wish, kept) and self._makes_room(promise, wish, kept):
+                self._promises[job] = promise
+                return promise.chunk
+        return 0
+
+    def release(self, job: int) -> None:
+        """A job has ended, or given way."""
+        self._promises.pop(job, None)
+
+    def room_for(self, nbytes: int, kept: set[Node]) -> bool:
+        """Make room for a checkpoint's state; prefixes make it, but not `kept`."""
+        while self.committed + nbytes > self.limit:
+            if self._pool is not None and self._pool.shrink(self._due()):
+                continue
+            if not self._store.evict(kept):
+                return False
+        return True
+
+    def _promised(self, wish: Wish) -> Iterator[Promise]:
+        """What the job may need, in chunks of half the size again and again."""
+        blocks, chunk = self._costs.blocks(wish.tokens), self._chunk
+        while True:
+            yield Promise(wish.tokens, blocks, chunk)
+            if chunk <= SMALLEST_CHUNK:
+                return
+            chunk = max(SMALLEST_CHUNK, chunk // 2)
+
+    def _shared(self, wish: Wish) -> int:
+        return len(wish.node.checkpoint.blocks) if wish.node else 0
+
+    def _could(self, promise: Promise, wish: Wish, kept: set[Node]) -> bool:
+        """Whether there would be room without any prefix but `kept`."""
+        promises = [*self._promises.values(), promise]
+        states, blocks = self._store.only_here(kept)
+        used = 0
+        if self._pool is not None:
+            used = self._pool.blocks_used - blocks + self._due()
+            used += promise.blocks - self._shared(wish)
+        held = self._store.state_bytes - states
+        return self._fixed(promises) + held + used * self._costs.block <= self.limit
+
+    def _makes_room(self, promise: Promise, wish: Wish, kept: set[Node]) -> bool:
+        pool, promises = self._pool, [*self._promises.values(), promise]
+        while True:
+            due = self._due() + promise.blocks - self._shared(wish)
+            total = self._total(promises, due)
+            if total <= self.limit and (pool is None or self._grown(pool, due, total)):
+                return True
+            if pool is not None and pool.shrink(due):
+                continue
+            if not self._store.evict(kept):
+                return False
+
+    def _grown(self, pool: Pool, due: int, total: int) -> bool:
+        """Have the blocks that are due."""
+        others = total - max(pool.nbytes, (pool.blocks_used + due) * self._costs.block)
+        pool.limit = self.limit - others
+        try:
+            pool.ensure(due)
+        except PoolFullError:  # its slabs are used up
+            return False
+        return True

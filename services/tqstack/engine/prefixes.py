@@ -1,0 +1,153 @@
+"""Prefixes across memory and disk: where a job goes on from, and what of it is kept."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tqstack.engine import caches, saved
+from tqstack.engine.caches import Cache
+from tqstack.engine.disk import DiskStore, File
+from tqstack.engine.places import APART
+from tqstack.engine.prefix import Node, Tokens
+from tqstack.engine.store import Checkpoint, PrefixStore
+
+log = logging.getLogger(__name__)
+
+WORTH_READING = 256  # tokens that a file must save beside what is in memory
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a job goes on from: a checkpoint in memory, files, or nothing.
+
+    Attributes:
+        known: tokens that are shared with some earlier sequence.
+        evicted: whether a better checkpoint was.
+    """
+
+    known: int
+    node: Node | None = None
+    files: tuple[File, ...] = ()
+    evicted: bool = False
+
+    @property
+    def usable(self) -> int:
+        if self.files:
+            return self.files[-1].length
+        return self.node.end if self.node else 0
+
+
+NOTHING = Source(0)
+
+
+class Prefixes:
+    """
+    Args:
+        new_cache: an empty cache of one sequence.
+        disk: None: there is no disk tier.
+    """
+
+    def __init__(self, store: PrefixStore, new_cache: Callable[[], Cache], disk: DiskStore | None):
+        self.store, self._new_cache, self.disk = store, new_cache, disk
+        self.misses: Counter[str] = Counter()
+
+    # -- going on ----------------------------------------------------------------------------
+
+    def find(self, tokens: Tokens) -> Source:
+        match = self.store.match(tokens)
+        files = tuple(self.disk.longest(tokens)) if self.disk else ()
+        if files and files[-1].length >= match.usable + WORTH_READING:
+            return Source(max(match.known, files[-1].length), files=files)
+        return Source(match.known, match.node, evicted=match.evicted)
+
+    def open(self, tokens: Tokens, source: Source) -> tuple[Cache, int]:
+        """The cache to go on with, and how many of the tokens it holds."""
+        files = source.files
+        while files and self.disk:
+            cache = self._new_cache()
+            bad = self._read(cache, files)
+            if bad is None:
+                return cache, files[-1].length
+            files = files[:bad]
+        if source.node is not None:
+            return self.store.use(source.node), source.node.end
+        return self._new_cache(), 0
+
+    def _read(self, cache: Cache, files: tuple[File, ...]) -> int | None:
+        """Fill a cache from a chain of files. Returns which of them is no good, or None."""
+        assert self.disk is not None
+        for i, file in enumerate(files):
+            content = self.disk.read(file)
+            if content is None:
+                return i
+            try:
+                saved.restore(cache, *content, first=file.first, last=file is files[-1])
+            except saved.DamagedError as error:
+                self.disk.reject(file, str(error))
+                return i
+            caches.settle(cache)
+        return None
+
+    def account(self, source: Source, tokens: int, used: int, job: int) -> None:
+        """Count, and tell the log, why a prompt's beginning must be read."""
+        if used and source.known - used < 2 * APART:
+            return
+        if source.evicted:
+            why = "evicted"
+        elif source.known - used >= 2 * APART:
+            why = "no_checkpoint"
+        else:
+            why = "new"
+        self.misses[why] += 1
+        log.info(
+            "request %d: %d of %d prompt tokens were kept (%s: %d are shared with an earlier one)",
+            *(job, used, tokens, why.replace("_", " "), source.known),
+        )
+
+    # -- keeping -----------------------------------------------------------------------------
+
+    def keep(self, tokens: Tokens, cache: Cache, kept: set[Node]) -> None:
+        """Keep a sequence as it is now, if the limit allows."""
+        self.store.insert(tokens, Checkpoint(cache), kept)
+
+    def to_disk(self, node: Node) -> bool:
+        """Have a checkpoint written behind. False: there is no disk, or too much waits for it."""
+        checkpoint: Any = node.checkpoint
+        if self.disk is None or checkpoint.on_disk:
+            return self.disk is not None
+        tokens = self.store.tokens(node)
+        name = self.disk.name(tokens)
+        if name not in self.disk:
+            chain = self.disk.longest(tokens)
+            first = chain[-1].packed if chain else 0
+            file = File(
+                name=name,
+                length=len(tokens),
+                parent=chain[-1].name if chain else "",
+                first=first,
+                packed=saved.packed_blocks(checkpoint.cache),
+            )
+            if not self.disk.write(file, *saved.to_arrays(checkpoint.cache, first)):
+                return False
+        checkpoint.on_disk = True
+        return True
+
+    def write_one(self) -> bool:
+        """While nothing else is to be done: write a checkpoint that is not on disk, short ones
+        first, so that longer ones hold only what lies behind them. False: all are."""
+        if self.disk is None:
+            return False
+        new = [node for node in self.store.nodes() if not node.checkpoint.on_disk]
+        return bool(new) and self.to_disk(min(new, key=lambda node: node.end))
+
+    def close(self) -> None:
+        """Write what can be, and forget all."""
+        while self.write_one():
+            pass
+        if self.disk:
+            self.disk.close()
+        self.store.clear()

@@ -1,0 +1,71 @@
+"""How the next token is drawn: with a seed, the same tokens whatever runs beside the request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.sample_utils import (
+    apply_min_p,
+    apply_top_k,
+    apply_top_p,
+    greedy_sampler,
+    make_logits_processors,
+)
+
+Sampler = Callable[[mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A request's sampling parameters, as plain data; the fields are OpenAI's, and top_k, min_p and
+    repetition_penalty those of other servers. `seed` None: one that the clock gives."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0 or self.top_p == 0
+
+    def sampler(self) -> Sampler:
+        """Log-probabilities (1, vocabulary) to a token (1,).
+
+        It carries its own random state, so concurrent requests do not disturb each other.
+        """
+        if self.greedy:
+            return greedy_sampler
+        state = mx.random.key((time.time_ns() if self.seed is None else self.seed) % 2**64)
+
+        def sample(logprobs: mx.array) -> mx.array:
+            nonlocal state
+            if self.top_p < 1:
+                logprobs = apply_top_p(logprobs, self.top_p)
+            if self.min_p > 0:
+                logprobs = apply_min_p(logprobs, self.min_p)
+            if 0 < self.top_k < logprobs.shape[-1]:
+                logprobs = apply_top_k(logprobs, self.top_k)
+            state, key = mx.random.split(state)
+            return mx.random.categorical(logprobs / self.temperature, key=key)
+
+        return sample
+
+    def processors(self) -> list[Any]:
+        """mlx-lm's functions of (tokens so far, logits) that penalise repetition."""
+        return make_logits_processors(
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+        )
+
+
+GREEDY = Sampling(temperature=0)

@@ -1,0 +1,191 @@
+"""Who runs next: pure decisions from what has come and what the last step cost. No mlx, no clock.
+
+Prompts are read one at a time, in chunks; all sequences that are read to their end decode together.
+The prompt with the fewest tokens left goes first, and one that others overtake ages: for each token
+that is read for somebody else it counts a token less, so that a long one waits for about as much
+work as it is itself, and no longer.
+
+While sequences decode, a chunk takes no longer than `gap`, and the sequences then get as much time
+as it took.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+SMALLEST_CHUNK = 32  # a step of fewer tokens costs as much
+FIRST_CHUNK = 128  # beside others, before anything is known of this machine's speed
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A job that has room, and how its prompt is read.
+
+    Attributes:
+        chunk: most tokens of a chunk.
+        read: tokens of the prompt that were kept from before.
+        stops: positions at which a chunk must end, ascending.
+    """
+
+    chunk: int
+    read: int = 0
+    stops: tuple[int, ...] = ()
+
+
+class Memory(Protocol):
+    """Where there must be room."""
+
+    def admit(self, job: int) -> Admission | None:
+        """Promise a job all that it may need; None: there is no room beside what runs."""
+        ...
+
+    def alone(self, job: int) -> bool:
+        """Whether there would be room if nothing else ran."""
+        ...
+
+
+@dataclass
+class Waiter:
+    """A job as the scheduler sees it.
+
+    Attributes:
+        tokens: of its prompt.
+        read: of those, how many need not be read any more; a guess until it is admitted.
+        waited: tokens that were read for others meanwhile.
+    """
+
+    job: int
+    tokens: int
+    read: int = 0
+    waited: int = 0
+    chunk: int = 0
+    stops: tuple[int, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The lowest goes first."""
+        return self.tokens - self.read - self.waited
+
+
+@dataclass(frozen=True)
+class Step:
+    """What to do now.
+
+    Attributes:
+        refused: jobs that can never run; they are forgotten.
+        read: (job, tokens of its next chunk), or None.
+        decode: whether all sequences that are read to their end make a token.
+    """
+
+    refused: tuple[int, ...] = ()
+    read: tuple[int, int] | None = None
+    decode: bool = False
+
+
+@dataclass
+class Scheduler:
+    """
+    Args:
+        running: most jobs that run at once.
+        waiting: most jobs that wait.
+        gap: seconds that a chunk may take while sequences decode.
+    """
+
+    memory: Memory
+    running: int
+    waiting: int
+    gap: float
+    _queue: dict[int, Waiter] = field(default_factory=dict)
+    _reading: dict[int, Waiter] = field(default_factory=dict)
+    _decoding: dict[int, Waiter] = field(default_factory=dict)
+    _pace: float = 0.0  # seconds that reading a token takes; 0: unknown
+    _owed: float = 0.0  # seconds of decoding that are due before the next chunk
+
+    @property
+    def waits(self) -> int:
+        return len(self._queue)
+
+    @property
+    def runs(self) -> int:
+        return len(self._reading) + len(self._decoding)
+
+    def submit(self, waiter: Waiter) -> str | None:
+        """Take a job in, or tell why not: "queue_full", "insufficient_memory"."""
+        if not self.memory.alone(waiter.job):
+            return "insufficient_memory"
+        if len(self._queue) >= self.waiting:
+            return "queue_full"
+        self._queue[waiter.job] = waiter
+        return None
+
+    def remove(self, job: int) -> None:
+        """A job has ended, or was cancelled."""
+        for where in (self._queue, self._reading, self._decoding):
+            where.pop(job, None)
+        if not self._decoding:
+            self._owed = 0.0
+
+    def next(self) -> Step:
+        refused = self._admit()
+        read = None
+        if self._reading and self._owed <= 0:
+            waiter = min(self._reading.values(), key=_rank)
+            read = waiter.job, self._chunk(waiter)
+        return Step(refused, read, bool(self._decoding))
+
+    def _admit(self) -> tuple[int, ...]:
+        """Admit the job whose prompt goes first, if it is one that waits. Returns those that turn
+        out not to fit at all."""
+        refused: list[int] = []
+        ahead = min((w.rank for w in self._reading.values()), default=None)
+        for waiter in sorted(self._queue.values(), key=_rank):
+            if self.runs >= self.running or (ahead is not None and waiter.rank >= ahead):
+                break
+            if admission := self.memory.admit(waiter.job):
+                waiter.chunk, waiter.read = admission.chunk, admission.read
+                waiter.stops = admission.stops
+                self._reading[waiter.job] = self._queue.pop(waiter.job)
+                break
+            if not self.runs:  # nothing will make more room than there is now
+                refused.append(waiter.job)
+                del self._queue[waiter.job]
+            elif waiter.rank <= 0:  # overtaken often enough: the next room is its own
+                break
+        return tuple(refused)
+
+    def _chunk(self, waiter: Waiter) -> int:
+        """Tokens of its next chunk: a full one, or what goes into the gap of those who wait."""
+        most = waiter.chunk
+        if self._decoding or self._queue or len(self._reading) > 1:
+            fitting = int(self.gap / self._pace) if self._pace else FIRST_CHUNK
+            fitting -= fitting % SMALLEST_CHUNK
+            most = min(most, max(SMALLEST_CHUNK, fitting))
+        end = min(waiter.read + most, waiter.tokens)
+        return min([end, *(stop for stop in waiter.stops if waiter.read < stop)]) - waiter.read
+
+    # -- what steps report ---------------------------------------------------------------------
+
+    def was_read(self, job: int, tokens: int, seconds: float) -> Waiter:
+        """A chunk is done; one that reads a prompt to its end lets the job decode."""
+        waiter = self._reading[job]
+        waiter.read += tokens
+        if tokens >= SMALLEST_CHUNK:  # fewer say little
+            pace = seconds / tokens
+            self._pace = (self._pace + pace) / 2 if self._pace else pace
+        if self._decoding:
+            self._owed = min(seconds, 2 * self.gap)
+        for other in (*self._queue.values(), *self._reading.values()):
+            if other is not waiter:
+                other.waited += tokens
+        if waiter.read == waiter.tokens:
+            self._decoding[job] = self._reading.pop(job)
+        return waiter
+
+    def decoded(self, seconds: float) -> None:
+        """All sequences have made a token."""
+        self._owed = max(0.0, self._owed - seconds)
+
+
+def _rank(waiter: Waiter) -> int:
+    return waiter.rank

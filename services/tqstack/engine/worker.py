@@ -1,0 +1,394 @@
+"""The engine's work on a loaded model, a step at a time; its thread calls nothing else."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from tqstack.attention.pool import Pool
+from tqstack.engine import caches
+from tqstack.engine.budget import Budget, Costs, Wish
+from tqstack.engine.disk import DiskStore
+from tqstack.engine.jobs import Event, Failed, Job, JobError, Progress, Removed, Token
+from tqstack.engine.places import APART, places
+from tqstack.engine.prefix import Node
+from tqstack.engine.prefixes import NOTHING, Prefixes, Source
+from tqstack.engine.scheduler import Admission, Scheduler, Waiter
+from tqstack.engine.step import Model, Running
+from tqstack.engine.store import PrefixStore
+from tqstack.models.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+MEASURE_SECONDS = 0.5  # between two looks at what is held, while jobs run
+TOTALS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
+
+
+@dataclass(eq=False)
+class Tracked:
+    """A job, whom to tell, and how far it is. Times are of `time.perf_counter`."""
+
+    job: Job
+    deliver: Callable[[Event], None]
+    running: Running | None = None  # None: it waits
+    cached: int = 0
+    kept: int = 0  # tokens up to its last checkpoint
+    started: float = 0.0
+    first_token: float = 0.0
+
+
+class Worker:
+    """
+    Args:
+        queue: most jobs that wait.
+        gap: seconds that reading a prompt may keep other streams waiting.
+        disk: where prefixes outlive this worker; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        queue: int = 64,
+        gap: float = 1.0,
+        disk: DiskStore | None = None,
+    ):
+        self.runtime = runtime
+        self.totals: Counter[str] = Counter()
+        self.resting = disk is not None  # there may be something to write while nobody waits
+        self.last_token_at: float | None = None
+        self.last_step_at: float | None = None  # a token, or a piece of a prompt
+        self._tracked: dict[int, Tracked] = {}
+        self._model = Model(runtime.model)
+        self._pool = self._new_pool()
+        store = PrefixStore(self._pool, runtime.prefix_cache_bytes, self._give_up)
+        self._prefixes = Prefixes(store, self._new_cache, disk)
+        self._budget = Budget(
+            self._costs(),
+            runtime.prefill_step,
+            self._pool,
+            store,
+            self._blocks_held,
+            lambda: disk.in_flight if disk else 0,
+        )
+        self._scheduler = Scheduler(self, runtime.batch_size, queue, gap)
+        self._measure()
+
+    def _new_pool(self) -> Pool | None:
+        """The pool, which a first token has told what its blocks look like."""
+        entries = caches.compressed(self.runtime.new_cache())
+        if not entries:
+            return None
+        pool = Pool(len(entries))
+        cache = self.runtime.new_cache(pool)
+        mx.eval(self.runtime.model(mx.zeros((1, 1), mx.int32), cache=cache))
+        caches.settle(cache)
+        return pool
+
+    def _new_cache(self) -> caches.Cache:
+        return self.runtime.new_cache(self._pool)
+
+    def _costs(self) -> Costs:
+        plan, pool = self.runtime.plan, self._pool
+        return Costs(
+            limit=plan.budget,
+            weights=plan.weights,
+            fixed=plan.recurrent + plan.tail,
+            block=pool.block_bytes if pool else 0,
+            token=0 if pool else plan.per_token,
+            workspace=self.runtime.workspace,
+            exact=self.runtime.exact_tokens,
+        )
+
+    # -- jobs come and go ----------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._tracked)
+
+    def submit(self, job: Job, deliver: Callable[[Event], None]) -> None:
+        """Take a job in, or tell at once why not."""
+        tracked = self._tracked[job.id] = Tracked(job, deliver)
+        found = self._prefixes.find(job.tokens).usable if job.cache_prompt else 0
+        refusal = self._scheduler.submit(Waiter(job.id, job.prompt_tokens - 1, read=found))
+        if refusal:
+            self._fail([tracked], self._refusal(job, refusal))
+
+    def cancel(self, job: Job) -> None:
+        """Take a job off; harmless if it has ended. What was read of its prompt is kept."""
+        tracked = self._tracked.get(job.id)
+        if tracked is None:
+            return
+        stats: dict[str, Any] = {}
+        if tracked.running is not None:
+            self._keep(tracked)
+            stats = self._stats(tracked)
+        self._forget([tracked])
+        tracked.deliver(Removed(stats))
+
+    def fail_all(self, message: str) -> None:
+        self._fail(list(self._tracked.values()), JobError("engine_error", message))
+
+    def close(self) -> None:
+        """Nobody is served any more; what was kept goes to disk."""
+        self._model.clear()
+        self._prefixes.close()
+
+    def _refusal(self, job: Job, code: str) -> JobError:
+        if code == "queue_full":
+            return JobError(code, f"{self._scheduler.waits} requests wait already; try again later")
+        return JobError(
+            code,
+            f"{job.prompt_tokens} prompt tokens and up to {job.max_tokens} more do not fit in "
+            f"memory; {self._budget.longest()} tokens in all would. Shorten the prompt, set fewer "
+            "TQ_KV_BITS, or more SIDECAR_MEMORY_MB",
+        )
+
+    def _fail(self, gone: list[Tracked], error: JobError) -> None:
+        self._forget(gone)
+        for tracked in gone:
+            tracked.deliver(Failed(error))
+
+    def _forget(self, gone: list[Tracked]) -> None:
+        """Free all that jobs hold."""
+        self._model.leave([t.running for t in gone if t.running is not None])
+        for tracked in gone:
+            tracked.running = None
+            self._tracked.pop(tracked.job.id, None)
+            self._scheduler.remove(tracked.job.id)
+            self._budget.release(tracked.job.id)
+        self._measure()
+
+    # -- a step --------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Do what the scheduler says: begin a job, read a piece of a prompt, make tokens."""
+        step = self._scheduler.next()
+        for job in step.refused:
+            tracked = self._tracked[job]
+            self._fail([tracked], self._refusal(tracked.job, "insufficient_memory"))
+        if step.read:
+            self._read(self._tracked[step.read[0]], step.read[1])
+        if step.decode:
+            self._decode()
+        if time.monotonic() - self._measured_at > MEASURE_SECONDS:
+            self._measure()
+
+    def rest(self) -> None:
+        """Something useful while nobody waits."""
+        self.resting = self._prefixes.write_one()
+
+    def _read(self, tracked: Tracked, count: int) -> None:
+        running, began = tracked.running, time.perf_counter()
+        assert running is not None
+        try:
+            if count:
+                self._model.read(running, count)
+        except Exception as error:
+            log.exception("reading a prompt failed")
+            self._fail([tracked], JobError("engine_error", f"reading the prompt failed: {error}"))
+            return
+        self.last_step_at = time.time()
+        waiter = self._scheduler.was_read(tracked.job.id, count, time.perf_counter() - began)
+        if len(running.tokens) in waiter.stops:
+            self._keep(tracked)
+        if waiter.read == waiter.tokens:
+            self._model.join(running)
+        else:
+            total = tracked.job.prompt_tokens
+            tracked.deliver(Progress(len(running.tokens), total, tracked.cached))
+
+    def _decode(self) -> None:
+        began = time.perf_counter()
+        batch = {running: self._tracked[running.job.id] for running in self._model.batch}
+        try:
+            made = self._model.decode()
+        except Exception as error:
+            log.exception("a step of the batch failed")
+            self._model.clear()
+            failure = JobError("engine_error", f"generation failed: {error}")
+            self._fail(list(batch.values()), failure)
+            return
+        now = time.perf_counter()
+        self.last_step_at = time.time()
+        self._scheduler.decoded(now - began)
+        ended: list[tuple[Tracked, Token]] = []
+        for running, token in made:
+            tracked, self.last_token_at = batch[running], self.last_step_at
+            tracked.first_token = tracked.first_token or now
+            self.totals["output_tokens"] += 1
+            if (reason := self._finish_reason(running, token)) is None:
+                tracked.deliver(Token(token))
+            else:
+                self._keep(tracked)
+                ended.append((tracked, Token(token, reason, self._stats(tracked))))
+        self._forget([tracked for tracked, _ in ended])
+        for tracked, last in ended:
+            tracked.deliver(last)
+
+    def _finish_reason(self, running: Running, token: int) -> str | None:
+        if token in self.runtime.end_tokens:
+            return "stop"
+        return "length" if running.generated >= running.job.max_tokens else None
+
+    # -- room: what the scheduler asks -----------------------------------------------------------
+
+    def alone(self, job: int) -> bool:
+        return self._budget.alone(Wish(self._tracked[job].job.longest)) > 0
+
+    def admit(self, job: int) -> Admission | None:
+        tracked = self._tracked[job]
+        found = self._prefixes.find(tracked.job.tokens) if tracked.job.cache_prompt else NOTHING
+        for source, kept in self._choices(found):
+            wish = Wish(tracked.job.longest, source.node)
+            if chunk := self._budget.admit(job, wish, kept):
+                return self._begin(tracked, source, chunk)
+        return None
+
+    def _choices(self, found: Source) -> Iterator[tuple[Source, set[Node]]]:
+        """What a job may go on from, and which checkpoints must then stay: those that waiting jobs
+        will use; if nothing runs, and so nothing will make more room, its own; at last none."""
+        own = {found.node} if found.node else set()
+        yield found, own | self._wanted()
+        if not self._scheduler.runs:
+            yield found, own
+            yield NOTHING, set()
+
+    def _wanted(self) -> set[Node]:
+        """Checkpoints that waiting jobs will go on from."""
+        waiting = (t.job for t in self._tracked.values() if t.running is None)
+        nodes = {self._prefixes.store.match(j.tokens).node for j in waiting if j.cache_prompt}
+        return {node for node in nodes if node is not None}
+
+    def _begin(self, tracked: Tracked, source: Source, chunk: int) -> Admission:
+        job = tracked.job
+        tracked.started = time.perf_counter()
+        cache, used = self._prefixes.open(job.tokens, source)
+        tracked.running = Running(job, cache, list(job.tokens[:used]))
+        tracked.cached = tracked.kept = used
+        self.totals["requests"] += 1
+        self.totals["prompt_tokens"] += job.prompt_tokens
+        self.totals["cached_tokens"] += used
+        stops: tuple[int, ...] = ()
+        if job.cache_prompt:
+            self._prefixes.account(source, job.prompt_tokens, used, job.id)
+            stops = places(job.prompt_tokens, job.boundaries, used, source.known)
+        if source.files and used:
+            tracked.kept = 0
+            self._keep(tracked)
+        self._measure()
+        tracked.deliver(Progress(used, job.prompt_tokens, used))
+        return Admission(chunk, used, stops)
+
+    def _keep(self, tracked: Tracked) -> None:
+        """Keep what a job's cache holds for later ones, if there is room for it."""
+        running, store = tracked.running, self._prefixes.store
+        assert running is not None
+        tokens = running.tokens
+        if not tracked.job.cache_prompt or len(tokens) - tracked.kept < APART:
+            return
+        size = self._model.state_bytes(running)
+        if size > store.limit or store.has(tokens):
+            return
+        kept = self._wanted()
+        if self._budget.room_for(size, kept):
+            self._prefixes.keep(tokens, self._model.snapshot(running), kept)
+            tracked.kept = len(tokens)
+            self.resting = self._prefixes.disk is not None
+
+    def _give_up(self, node: Node) -> None:
+        """A checkpoint leaves memory: the disk may have it."""
+        self._prefixes.to_disk(node)
+
+    def _blocks_held(self, job: int) -> int:
+        tracked = self._tracked.get(job)
+        running = tracked.running if tracked else None
+        return len(self._model.blocks_of(running)) if running else 0
+
+    # -- what is told --------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, Any]:
+        """Bytes: the budget, and what is really held of it."""
+        disk, pool = self._prefixes.disk, self._pool
+        parts = {
+            "weights": self.runtime.plan.weights,
+            "pool": pool.nbytes if pool else 0,
+            "sequences": self._model.nbytes
+            + sum(
+                caches.state_bytes(t.running.cache)
+                for t in self._tracked.values()
+                if t.running is not None and t.running.cache is not None
+            ),
+            "checkpoints": self._prefixes.store.state_bytes,
+            "in_flight": disk.in_flight if disk else 0,
+            "workspace": self._budget.workspace(),
+        }
+        committed = self._budget.committed
+        held = sum(parts.values())
+        return {"budget": self._budget.limit, "held": held, "committed": committed, "parts": parts}
+
+    def status(self) -> dict[str, Any]:
+        """What `/health` tells about work and memory; any thread may ask. Bytes are those of the
+        last time that a job came or went, or of a moment ago."""
+        tracked = list(self._tracked.values())
+        running = [t.running for t in tracked if t.running is not None]
+        return {
+            "requests": {
+                "running": len(running),
+                "waiting": len(tracked) - len(running),
+                "context_tokens": [len(one.tokens) for one in running],
+            },
+            **copy.deepcopy(self._measured),
+            "totals": {name: self.totals[name] for name in TOTALS},
+            "last_token_at": self.last_token_at,
+            "last_step_at": self.last_step_at,
+        }
+
+    def _measure(self) -> None:
+        """Look at what is held: it takes too long for every token."""
+        running = [t.running for t in self._tracked.values() if t.running is not None]
+        tokens = sum(len(one.tokens) for one in running)
+        store, disk = self._prefixes.store, self._prefixes.disk
+        self._measured_at = time.monotonic()
+        self._measured = {
+            "cache": {
+                "bytes": sum(self._kv_bytes(one) for one in running),
+                "bytes_fp16": tokens * self.runtime.plan.per_token_fp16,
+            },
+            "memory": self.memory(),
+            "prefixes": {
+                "checkpoints": len(store),
+                "bytes": store.nbytes,
+                "evictions": store.evictions,
+                "misses": dict(self._prefixes.misses),
+                "disk": disk.as_dict() if disk else None,
+            },
+        }
+
+    def _kv_bytes(self, running: Running) -> int:
+        if self._pool is None:
+            return len(running.tokens) * self.runtime.plan.per_token
+        blocks = len(self._model.blocks_of(running)) * self._pool.block_bytes
+        return blocks + self._model.tail_bytes(running)
+
+    def _stats(self, tracked: Tracked) -> dict[str, Any]:
+        """Speed and bytes of a sequence that ends, measured on the cache that it really had."""
+        running, now = tracked.running, time.perf_counter()
+        assert running is not None
+        fresh, generated = len(running.tokens) - tracked.cached, running.generated
+        first = tracked.first_token or now
+        return {
+            "prefill_tokens_per_second": round((fresh - generated) / (first - tracked.started), 1),
+            "decode_tokens_per_second": round((generated - 1) / (now - first), 1)
+            if generated > 1 and now > first
+            else None,
+            "cache_tokens": len(running.tokens),
+            "cache_bytes": self._kv_bytes(running),
+            "cache_bytes_fp16": len(running.tokens) * self.runtime.plan.per_token_fp16,
+        }

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from models.architectures import CONFIGS, VOCABULARY, build
+from tqstack import demo_model
+from tqstack.models.cache_spec import CacheSpec
+from tqstack.models.measure import layer_kinds, measure
+from tqstack.models.plan import Machine
+from tqstack.models.runtime import Runtime, load_runtime
+from tqstack.models.spec import ModelSpec
+from tqstack.settings import Settings
+from tqstack.turboquant.kv_codecs import KVCodecs
+
+
+@pytest.fixture(scope="session")
+def runtime():
+    """The demo model with the compressed cache."""
+    return load_runtime(Settings(sidecar_model="demo"))
+
+
+@pytest.fixture(scope="session")
+def text():
+    """Tokens of held-out text."""
+    return [int(token) for token in demo_model.held_out_tokens()[:40_000]]
+
+
+@pytest.fixture(scope="session")
+def tiny(runtime):
+    """Makes runtimes of tiny random models: fast, and of every family."""
+    models = cache(build)
+
+    def make(name: str = "qwen3-next", codecs: str | None = "tq4", **cache_options) -> Runtime:
+        spec = ModelSpec.of(name, "", CONFIGS[name])
+        own = CacheSpec(KVCodecs.parse(codecs) if codecs else None, **cache_options)
+        plan, compressed = measure(spec, models(name), own, Machine(1 << 30, 256, 4))
+        return replace(
+            runtime,
+            spec=replace(spec, layers=layer_kinds(own.make(models(name)))),
+            cache=own,
+            plan=plan,
+            compressed_layers=compressed,
+            model=models(name),
+            prefill_step=256,
+            fingerprint=f"{name} {own}",
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def noise():
+    """Random tokens of the tiny models' vocabulary."""
+    rng = random.Random(1)
+    return [rng.randrange(VOCABULARY) for _ in range(40_000)]
