@@ -1,0 +1,443 @@
+"""The scheduler on a simulated machine: whoever comes, all end, in turn, and nobody waits long."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tqstack.engine.scheduler import FIRST_CHUNK, SMALLEST_CHUNK, Admission, Scheduler, Step, Waiter
+
+GAP = 0.5
+
+
+@dataclass
+class Job:
+    """
+    Attributes:
+        tokens: of its prompt.
+        answer: tokens that it makes.
+        nbytes: that it needs.
+        kept: tokens of the prompt that need not be read.
+        at: seconds, when it comes.
+    """
+
+    tokens: int
+    answer: int = 3
+    nbytes: int = 1
+    kept: int = 0
+    stops: tuple[int, ...] = ()
+    at: float = 0.0
+
+
+@dataclass
+class Machine:
+    """Memory, a clock, and what happened.
+
+    Args:
+        pace: seconds that reading a token takes.
+        decode: seconds of a step of all sequences.
+        lost: jobs that fit alone, but not any more once they are to run.
+    """
+
+    nbytes: int = 100
+    running: int = 4
+    waiting: int = 1_000
+    pace: float = 0.001
+    decode: float = 0.05
+    chunk: int = 2_048
+    gap: float = GAP
+    lost: frozenset[int] = frozenset()
+    clock: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(self, self.running, self.waiting, self.gap)
+        self.jobs: list[Job] = []
+        self.refused: dict[int, str] = {}
+        self.held: set[int] = set()
+        self.decoding: dict[int, int] = {}  # job -> tokens that it has made
+        self.read: Counter[int] = Counter()  # tokens of each job's prompt
+        self.chunks: list[Chunk] = []
+        self.begun: list[int] = []
+        self.ended: list[int] = []
+        self.cancelled: set[int] = set()
+        self.ends: dict[int, float] = {}  # when
+        self.decoded = 0.0  # seconds
+
+    # -- what the scheduler asks -------------------------------------------------------------
+
+    def alone(self, job: int) -> bool:
+        return self.jobs[job].nbytes <= self.nbytes
+
+    def admit(self, job: int) -> Admission | None:
+        wanted, used = self.jobs[job], sum(self.jobs[j].nbytes for j in self.held)
+        if job in self.lost or used + wanted.nbytes > self.nbytes:
+            return None
+        self.held.add(job)
+        self.begun.append(job)
+        return Admission(self.chunk, wanted.kept, wanted.stops)
+
+    # -- what happens --------------------------------------------------------------------------
+
+    def submit(self, *jobs: Job) -> list[int]:
+        """Numbers of these jobs."""
+        for job in jobs:
+            self.jobs.append(job)
+            number = len(self.jobs) - 1
+            if refusal := self.scheduler.submit(Waiter(number, job.tokens, job.kept)):
+                self.refused[number] = refusal
+        return list(range(len(self.jobs) - len(jobs), len(self.jobs)))
+
+    def cancel(self, job: int) -> None:
+        self.scheduler.remove(job)
+        self.held.discard(job)
+        self.decoding.pop(job, None)
+        self.cancelled.add(job)
+
+    @property
+    def idle(self) -> bool:
+        return not self.scheduler.runs and not self.scheduler.waits
+
+    def step(self) -> None:
+        step = self.scheduler.next()
+        assert step.refused or step.read or step.decode or self.idle
+        assert len(self.held) == self.scheduler.runs <= self.running
+        assert step.decode == bool(self.decoding)
+        self.refused.update(dict.fromkeys(step.refused, "step"))
+        if step.read:
+            self._read(*step.read)
+        if step.decode:
+            self._decode()
+
+    def _read(self, job: int, count: int) -> None:
+        wanted, at = self.jobs[job], self.jobs[job].kept + self.read[job]
+        assert job in self.held and job not in self.decoding and job not in self.ended
+        assert 0 <= count <= min(self.chunk, wanted.tokens - at)
+        assert count or at == wanted.tokens
+        assert not any(at < stop < at + count for stop in wanted.stops)
+        seconds = count * self.pace
+        self.chunks.append(Chunk(job, count, seconds, bool(self.decoding), self.clock))
+        self.clock += seconds
+        self.read[job] += count
+        waiter = self.scheduler.was_read(job, count, seconds)
+        assert waiter.read == at + count
+        if at + count == wanted.tokens:
+            self.decoding[job] = 0
+
+    def _decode(self) -> None:
+        self.clock += self.decode
+        self.decoded += self.decode
+        self.scheduler.decoded(self.decode)
+        for job in list(self.decoding):
+            self.decoding[job] += 1
+            if self.decoding[job] >= self.jobs[job].answer:
+                del self.decoding[job]
+                self.scheduler.remove(job)
+                self.held.remove(job)
+                self.ended.append(job)
+                self.ends[job] = self.clock
+
+    def run(self, jobs: list[Job]) -> None:
+        """Until all that come have ended."""
+        coming = sorted(jobs, key=lambda job: job.at)
+        while coming or not self.idle:
+            if self.idle:
+                self.clock = max(self.clock, coming[0].at)
+            while coming and coming[0].at <= self.clock:
+                self.submit(coming.pop(0))
+            self.step()
+
+    def until(self, done) -> None:
+        while not done():
+            self.step()
+
+    def read_until_decoding(self, job: int) -> None:
+        self.until(lambda: job in self.decoding)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """
+    Attributes:
+        waited: whether sequences decoded meanwhile.
+        at: seconds, when it began.
+    """
+
+    job: int
+    tokens: int
+    seconds: float
+    waited: bool
+    at: float
+
+
+@st.composite
+def jobs(draw):
+    tokens = draw(st.integers(0, 60) | st.integers(0, 9_000))
+    return Job(
+        tokens,
+        draw(st.integers(1, 30)),
+        draw(st.integers(1, 110)),
+        draw(st.just(0) | st.integers(0, tokens) | st.just(tokens)),
+        tuple(sorted(draw(st.sets(st.integers(0, tokens), max_size=3)))),
+        draw(st.floats(0, 20)),
+    )
+
+
+machines = st.builds(
+    Machine,
+    running=st.integers(1, 6),
+    waiting=st.integers(1, 20),
+    pace=st.sampled_from([0.0, 1e-5, 1e-3, 0.04]),
+    decode=st.sampled_from([0.001, 0.05, 0.9]),
+    chunk=st.sampled_from([32, 64, 256, 2_048]),
+    lost=st.frozensets(st.integers(0, 20), max_size=3),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(machines, st.lists(jobs(), max_size=20))
+def test_all_that_is_admitted_ends_and_nothing_is_lost_or_run_twice(machine, coming):
+    machine.run(coming)
+    assert sorted([*machine.ended, *machine.refused]) == list(range(len(coming)))
+    assert sorted(machine.begun) == sorted(machine.ended)
+    for job in machine.ended:
+        assert machine.read[job] == machine.jobs[job].tokens - machine.jobs[job].kept
+    for job, why in machine.refused.items():
+        never = machine.jobs[job].nbytes > machine.nbytes
+        assert never == (why == "insufficient_memory")
+        assert (job in machine.lost) >= (why == "step")
+
+
+@settings(max_examples=150, deadline=None)
+@given(machines, st.lists(jobs() | st.integers(0, 30), max_size=30), st.data())
+def test_a_job_that_is_cancelled_at_any_moment_leaves_no_trace(machine, script, data):
+    """A number is that many steps."""
+    for what in script:
+        if isinstance(what, Job):
+            machine.submit(what)
+            continue
+        for _ in range(what):
+            machine.step()
+        alive = [j for j in range(len(machine.jobs)) if j not in machine.ended]
+        if alive:
+            machine.cancel(data.draw(st.sampled_from(alive)))  # some were refused: no harm
+    while not machine.idle:
+        machine.step()
+    gone = {*machine.ended, *machine.refused, *machine.cancelled}
+    assert gone == set(range(len(machine.jobs))) and not machine.held
+    fresh = Scheduler(machine, machine.running, machine.waiting, machine.gap)
+    fresh._pace = machine.scheduler._pace  # this it has learnt
+    assert vars(machine.scheduler) == vars(fresh) and fresh.next() == Step()
+
+
+def test_a_short_prompt_overtakes_a_long_one():
+    machine = Machine()
+    (long,) = machine.submit(Job(100_000))
+    machine.until(lambda: machine.read[long] > 10_000)
+    (short,) = machine.submit(Job(200))
+    came, before = machine.clock, machine.read[long]
+    machine.read_until_decoding(short)
+    assert machine.read[long] == before and machine.clock - came <= 200 * machine.pace + 0.1
+    machine.until(lambda: machine.idle)
+    assert machine.ended == [short, long]
+
+
+def test_a_long_prompt_that_ever_new_short_ones_overtake_is_read_within_twice_its_work():
+    machine = Machine()
+    (long,) = machine.submit(Job(100_000))
+    while long not in machine.decoding:
+        while machine.scheduler.waits < 3:
+            machine.submit(Job(500, answer=2))
+        machine.step()
+    others = sum(machine.read.values()) - machine.read[long]
+    assert 20_000 < others <= 100_000 + machine.chunk
+
+
+def test_a_long_prompt_that_comes_last_is_read_within_twice_its_work():
+    machine = Machine(running=2)
+    machine.submit(*[Job(500, answer=2)] * 3)
+    (long,) = machine.submit(Job(20_000))
+    while long not in machine.decoding:
+        while machine.scheduler.waits < 3:
+            machine.submit(Job(500, answer=2))
+        machine.step()
+    assert sum(machine.read.values()) <= 2 * 20_000 + 4 * 500
+
+
+def test_a_job_that_does_not_fit_beside_others_waits_and_then_has_its_turn():
+    machine = Machine()
+    machine.submit(*[Job(300, answer=2, nbytes=30)] * 3)
+    machine.step()
+    (big,) = machine.submit(Job(4_000, nbytes=80))
+    others = 0
+    while big not in machine.held:
+        while machine.scheduler.waits < 3:
+            machine.submit(Job(300, answer=2, nbytes=30))
+            others += 1
+        machine.step()
+    assert others > 3 and sum(machine.read.values()) <= 4_000 + 4 * 300
+    machine.read_until_decoding(big)
+
+
+def test_what_fits_goes_ahead_of_what_does_not_until_that_has_waited_enough():
+    machine = Machine()
+    machine.submit(Job(100, answer=1_000, nbytes=30))
+    machine.step()
+    (big,) = machine.submit(Job(2_000, nbytes=80))
+    (small,) = machine.submit(Job(100, nbytes=30))
+    machine.until(lambda: small in machine.ended)
+    (other,) = machine.submit(Job(1_900, nbytes=30))
+    machine.until(lambda: other in machine.ended)
+    (late,) = machine.submit(Job(1, nbytes=30))
+    machine.until(lambda: big in machine.held)
+    assert machine.ended[-1] == 0 and late not in machine.begun
+
+
+def test_a_longer_prompt_takes_no_room_before_its_turn():
+    machine = Machine()
+    short, longer = machine.submit(Job(5_000), Job(6_000))
+    while short not in machine.decoding:
+        machine.step()
+        assert longer not in machine.held
+    machine.step()
+    assert longer in machine.held
+
+
+def test_equal_prompts_are_read_one_after_the_other_in_the_order_in_which_they_came():
+    machine = Machine()
+    numbers = machine.submit(*[Job(5_000)] * 4)
+    machine.until(lambda: machine.idle)
+    order = [chunk.job for chunk in machine.chunks]
+    assert order == sorted(order) and machine.begun == numbers
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.floats(1e-5, 3 * GAP / 2 / SMALLEST_CHUNK),
+    st.floats(0.02, 1.0),
+    st.sampled_from([256, 2_048, 16_384]),
+    st.lists(jobs(), max_size=5),
+)
+def test_while_sequences_decode_gaps_are_bounded_and_they_get_their_share(
+    pace, decode, chunk, others
+):
+    machine = Machine(pace=pace, decode=decode, chunk=chunk, running=8, nbytes=1_000)
+    (stream,) = machine.submit(Job(1_000, answer=1 << 40))
+    machine.read_until_decoding(stream)
+    (long,) = machine.submit(Job(8_000))
+    began, decoded, first = machine.clock, machine.decoded, len(machine.chunks)
+    while long not in machine.decoding:
+        while others and others[0].at <= machine.clock - began:
+            machine.submit(others.pop(0))
+        machine.step()
+    smallest = SMALLEST_CHUNK * pace
+    chunks = machine.chunks[first:]
+    assert all(chunk.seconds <= max(GAP, smallest) + 1e-9 for chunk in chunks)
+    assert all(chunk.waited for chunk in chunks)
+    paid = machine.clock - began - GAP - smallest  # the last ones are paid for afterwards
+    assert machine.decoded - decoded >= 0.4 * paid
+
+
+def test_a_gap_is_small_before_the_machines_speed_is_known():
+    machine = Machine()
+    (stream,) = machine.submit(Job(SMALLEST_CHUNK - 1, answer=100))
+    machine.read_until_decoding(stream)
+    machine.submit(Job(10_000))
+    machine.step()
+    assert machine.chunks[-1].tokens == FIRST_CHUNK
+
+
+def test_gaps_stay_bounded_while_reading_becomes_slower_with_every_token():
+    machine = Machine(pace=0.0002, decode=0.01, running=2)
+    (stream,) = machine.submit(Job(3_000, answer=1 << 40))
+    machine.read_until_decoding(stream)
+    (long,) = machine.submit(Job(200_000))
+    first = len(machine.chunks)
+    while long not in machine.decoding:
+        machine.pace = 0.0002 * (1 + machine.read[long] / 20_000)
+        machine.step()
+    assert max(chunk.seconds for chunk in machine.chunks[first:]) <= 1.2 * GAP
+
+
+def test_chunks_are_full_while_nobody_waits():
+    machine = Machine(pace=0.01)
+    (job,) = machine.submit(Job(3 * 2_048 + 5))
+    machine.read_until_decoding(job)
+    assert [chunk.tokens for chunk in machine.chunks] == [2_048, 2_048, 2_048, 5]
+
+
+def test_chunks_are_full_again_when_nobody_waits_any_more():
+    machine = Machine(pace=0.01)
+    (long,) = machine.submit(Job(100_000))
+    machine.step()
+    (short,) = machine.submit(Job(500))
+    machine.until(lambda: short in machine.ended)
+    beside = [chunk.tokens for chunk in machine.chunks[1:]]
+    assert max(beside) == 32  # 0.32 s: two of them would be more than the gap
+    machine.step()
+    assert machine.chunks[-1] == replace(machine.chunks[-1], job=long, tokens=2_048)
+
+
+def test_chunks_end_at_every_stop():
+    machine = Machine(chunk=1_000)
+    (job,) = machine.submit(Job(2_500, kept=100, stops=(100, 130, 1_130, 1_131, 2_500)))
+    machine.read_until_decoding(job)
+    assert [chunk.tokens for chunk in machine.chunks] == [30, 1_000, 1, 1_000, 369]
+
+
+def test_more_than_may_wait_are_turned_away():
+    machine = Machine(running=1, waiting=2)
+    machine.submit(Job(10, answer=100))
+    machine.step()
+    machine.submit(Job(10), Job(10), Job(10))
+    assert machine.refused == {3: "queue_full"} and machine.scheduler.waits == 2
+    machine.cancel(1)
+    assert machine.scheduler.submit(Waiter(1, 10)) is None
+
+
+def test_what_never_fits_is_refused_at_once_and_the_others_run():
+    machine = Machine(waiting=1)
+    machine.submit(Job(10, nbytes=101), Job(10))
+    assert machine.refused == {0: "insufficient_memory"}
+    machine.until(lambda: machine.idle)
+    assert machine.ended == [1]
+
+
+def test_what_turns_out_not_to_fit_is_refused_when_nothing_runs_and_not_before():
+    machine = Machine(lost=frozenset([1]))
+    machine.submit(Job(10, answer=5))
+    machine.step()
+    machine.submit(Job(10), Job(10))
+    machine.until(lambda: not machine.scheduler.runs)
+    assert sorted(machine.ended) == [0, 2] and machine.refused == {}
+    machine.step()
+    assert machine.refused == {1: "step"} and machine.idle
+
+
+def test_a_prompt_that_was_kept_wholly_decodes_at_once():
+    machine = Machine()
+    machine.submit(Job(5_000, kept=5_000), Job(0))
+    machine.step()
+    machine.step()
+    machine.step()
+    assert machine.decoding == {0: 2, 1: 2} and not any(machine.read.values())
+
+
+def test_a_prompt_that_was_kept_wholly_decodes_at_once_beside_one_that_is_read():
+    machine = Machine()
+    (stream, _) = machine.submit(Job(100, answer=1 << 40), Job(50_000))
+    machine.read_until_decoding(stream)
+    machine.until(lambda: machine.read[1] > 10_000)
+    came = machine.clock
+    (kept,) = machine.submit(Job(8_000, kept=8_000))
+    machine.read_until_decoding(kept)
+    assert machine.clock - came <= 2 * GAP + 3 * machine.decode
+
+
+def test_a_shorter_rest_goes_first_whatever_the_length_of_the_prompt():
+    machine = Machine()
+    _, rest = machine.submit(Job(900), Job(50_000, kept=49_500))
+    machine.step()
+    assert machine.chunks[0].job == rest
