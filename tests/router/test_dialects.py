@@ -260,9 +260,10 @@ def test_responses_input_reaches_the_backend_as_chat(stack):
     )
     sent = stack.ollama.seen[-1].json
     assert [m["role"] for m in sent["messages"]] == [
-        "system", "system", "user", "assistant", "tool",
+        "system", "user", "assistant", "tool",
     ]  # fmt: skip
-    assert sent["messages"][3]["tool_calls"][0]["id"] == "c1"
+    assert sent["messages"][0]["content"] == "be brief\n\nalways"
+    assert sent["messages"][2]["tool_calls"][0]["id"] == "c1"
     assert sent["max_tokens"] == 50
     assert sent["response_format"]["json_schema"]["schema"] == TOOL
     assert sent["tools"][0]["function"]["name"] == "weather"

@@ -10,7 +10,7 @@ import orjson
 
 from tqstack.openai_api.errors import ApiError
 from tqstack.openai_api.sse import comment, event
-from tqstack.router.dialects import Dialect
+from tqstack.router.dialects import Dialect, Stream
 
 Headers = Iterable[tuple[bytes, bytes]]
 _EVENT_STREAM = (
@@ -28,6 +28,7 @@ class Client:
         answered: bytes of an answer are out, so that no other backend can answer any more.
         finished: the last byte is out.
         gone: the client closed its connection.
+        stream: writes the events of an API other than chat.
     """
 
     def __init__(self, receive: Any, send: Any, dialect: Dialect | None = None):
@@ -35,6 +36,7 @@ class Client:
         self._send = send
         self._dialect = dialect  # whose form errors have; OpenAI's without one
         self.started = self.answered = self.finished = self.gone = False
+        self.stream: Stream | None = None
         self._pinger: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -70,7 +72,7 @@ class Client:
         if self.finished:
             return
         if self.started:
-            await self.finish(dialect.error_event(error) if dialect else event(error.body))
+            await self.finish(self.stream.fail(error) if self.stream else event(error.body))
         else:
             body = dialect.error_body(error) if dialect else error.body
             await self.json(error.status, body, (*headers, *encode(error.headers)))
@@ -88,15 +90,15 @@ class Client:
         self.answered = True
         await self.finish(body)
 
-    # Pings: comments that keep the connection of a waiting client open. They are no answer.
+    # Pings: comments, or an API's own events, that keep a waiting client. They are no answer.
 
     def ping_every(self, seconds: float, headers: Callable[[], Headers], text: Callable[[], str]):
-        """Until `stop_pings`, sends a comment every so many seconds."""
+        """Until `stop_pings`, sends a ping every so many seconds."""
 
         async def ping() -> None:
             while True:
                 await self.start_stream(headers())
-                data = comment(text())
+                data = self.stream.ping(text()) if self.stream else comment(text())
                 await self._send({"type": "http.response.body", "body": data, "more_body": True})
                 await asyncio.sleep(seconds)
 

@@ -98,10 +98,7 @@ class Forward:
             for name, value in scope["headers"]:
                 if name == b"content-encoding":
                     body = decode(body, value.decode("latin-1"), limit)
-            request = parse_json(body)
-            chat = endpoint.dialect.to_chat(request) if endpoint.dialect else request
-            validate(endpoint.schema, chat)
-            exchange = Exchange(self._services, client, record, endpoint, body, request, chat)
+            exchange = self._exchange(client, record, body)
             await (exchange.count() if endpoint.counts else exchange.run())
         except ApiError as error:
             record.outcome, record.status, record.error = "refused", error.status, error.message
@@ -121,6 +118,24 @@ class Forward:
             if watcher:
                 watcher.cancel()
             self._services.journal.end(record)
+
+    def _exchange(self, client: Client, record: Record, body: bytes) -> Exchange:
+        """
+        Raises:
+            ApiError: 400, if the body is no request that can be met.
+        """
+        endpoint, request = self._endpoint, parse_json(body)
+        if endpoint.dialect is None:
+            validate(endpoint.schema, request)
+            return Exchange(self._services, client, record, endpoint, body, request, request)
+        resolved = endpoint.dialect.resolve(request)
+        if resolved is not request:
+            body = orjson.dumps(resolved)
+        chat = endpoint.dialect.to_chat(resolved)
+        validate(endpoint.schema, chat)
+        exchange = Exchange(self._services, client, record, endpoint, body, resolved, chat)
+        exchange.original = request
+        return exchange
 
 
 class Exchange:
@@ -143,6 +158,7 @@ class Exchange:
         self._body = body
         self._request = request
         self._chat = chat  # the same, in terms of chat
+        self.original = request  # as it came
         self._size: Size = measure(chat)
         self._relay: Relay | None = None
         # Each text to embed is a prompt of its own: their sum says nothing.
@@ -156,7 +172,10 @@ class Exchange:
             ApiError: no backend can take this request.
         """
         step: Decision | None = await self._decide()
-        if self._record.stream:
+        dialect, record = self._endpoint.dialect, self._record
+        if record.stream:
+            if dialect:
+                self._client.stream = dialect.stream(self.original, record.estimate or 0)
             seconds = self._services.settings.router_ping_seconds
             self._client.ping_every(seconds, self._record.headers, self._progress)
         try:
@@ -237,9 +256,10 @@ class Exchange:
             body = with_model(self._body, self._request, step.model)
         else:
             body, path = orjson.dumps({**self._chat, "model": step.model}), _CHAT
+        record.left_out = [] if native or not dialect else dialect.left_out(self._request)
         relay = Relay(backend, services.settings, services.upstream, client, record)
-        if dialect and not native:
-            relay.translate(dialect, self._request)
+        if dialect:
+            relay.speak(dialect, self.original, translated=not native)
         self._relay = relay
         backend.begin()
         try:

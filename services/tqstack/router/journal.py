@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 KEPT = 100
 _ids = itertools.count(1)
+_WORD = re.compile(r"[\w.-]{1,64}", re.ASCII)  # of what a client wrote, what a header may hold
 
 
 @dataclass(slots=True)
@@ -28,6 +30,7 @@ class Record:
         estimate: prompt tokens as estimated; `prompt_tokens` is what the backend counted.
         first_token: from the request's arrival to the first byte of the answer.
         output_tokens: from the backend's usage, else the number of chunks.
+        left_out: types of what the request holds and the backend does not get.
         outcome: `ok`, `refused` (by the router), `failed`, or `gone` (the client).
     """
 
@@ -47,6 +50,7 @@ class Record:
     output_tokens: int | None = None
     outcome: str = ""
     error: str = ""
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def backend(self) -> Name | None:
@@ -88,6 +92,7 @@ class Record:
             "status": self.status,
             "outcome": self.outcome or "running",
             "error": self.error[:300],
+            "left_out": sorted(set(self.left_out))[:20],
         }
 
     def mark_first_token(self) -> None:
@@ -103,6 +108,8 @@ class Record:
             headers.append((b"x-tqstack-reason", self.reason.encode()))
             if self.decision.fallback_from:
                 headers.append((b"x-tqstack-fallback-from", self.decision.fallback_from.encode()))
+        if kinds := sorted({kind for kind in self.left_out if _WORD.fullmatch(kind)}):
+            headers.append((b"x-tqstack-left-out", ", ".join(kinds).encode()))
         return headers
 
 

@@ -19,6 +19,7 @@ from tqstack.router.client import Client, encode
 from tqstack.router.dialects import Dialect
 from tqstack.router.failure import Failure
 from tqstack.router.journal import Record
+from tqstack.router.tool_calls import CallRepair
 from tqstack.router.upstream import Answer, Upstream, UpstreamError
 from tqstack.router.watch import StreamWatch
 from tqstack.settings import Settings
@@ -58,11 +59,12 @@ class Relay:
         self._client = client
         self._record = record
         self._dialect: Dialect | None = None
+        self._translated = False
         self._request: dict[str, Any] = {}
 
-    def translate(self, dialect: Dialect, request: dict[str, Any]) -> None:
-        """Have the answer put into the API that the request was made in."""
-        self._dialect, self._request = dialect, request
+    def speak(self, dialect: Dialect, request: dict[str, Any], *, translated: bool) -> None:
+        """The API that the request was made in, and whether the answer has to be put into it."""
+        self._dialect, self._request, self._translated = dialect, request, translated
 
     async def run(self, url: str, body: bytes) -> None:
         """Answers the client.
@@ -128,9 +130,9 @@ class Relay:
         await client.start_stream((*_kept(answer), *self._record.headers()))
         self._record.status = 200
         self._record.mark_first_token()
-        translated = self._dialect.stream(self._request) if self._dialect else None
-        if translated:
-            ready = translated.feed(ready)
+        translated = client.stream if self._translated else None
+        change = translated.feed if translated else CallRepair().feed
+        ready = change(ready)
         while not watch.done and watch.error is None:
             if ready:
                 await client.send(ready)
@@ -139,9 +141,7 @@ class Relay:
             if not chunk:
                 break
             self._backend.answered()
-            ready = watch.feed(chunk)
-            if translated:
-                ready = translated.feed(ready)
+            ready = change(watch.feed(chunk))
         if not watch.whole:
             if ready:
                 await client.send(ready)
@@ -149,7 +149,9 @@ class Relay:
             message = f"{self._name} ended its stream without a finish reason"
             raise failures.broken("unfinished", message)
         self._take_usage(watch.usage, watch.events)
-        await client.finish(ready + translated.end() if translated else ready)
+        ready += translated.end() if translated else b""
+        self._keep(translated.final if translated else watch.answer)
+        await client.finish(ready)
         await _drain(answer)
 
     def _check_error(self) -> None:
@@ -188,12 +190,19 @@ class Relay:
             if value.get("error"):
                 raise failures.from_error_event(self._name, value["error"])
             self._take_usage(value.get("usage"), None)
-            if self._dialect:
-                return orjson.dumps(self._dialect.from_chat(value, self._request))
+            if self._dialect and self._translated:
+                value = self._dialect.from_chat(value, self._request)
+                body = orjson.dumps(value)
+            self._keep(value)
         except (ValueError, TypeError, AttributeError, LookupError):
             message = f"{self._name} answered with something that is no JSON answer"
             raise failures.broken("garbled", message) from None
         return body
+
+    def _keep(self, answer: dict[str, Any] | None) -> None:
+        """For requests that refer to it; before the client can send one."""
+        if self._dialect and answer:
+            self._dialect.keep(self._request, answer)
 
     def _take_usage(self, usage: object, events: int | None) -> None:
         usage = usage if isinstance(usage, dict) else {}

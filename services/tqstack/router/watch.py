@@ -25,6 +25,7 @@ class StreamWatch:
         events: events with data so far, about one per token.
         error: the payload of an error event.
         usage: the `usage` object, if one came.
+        answer: the whole answer, from a stream of the Responses API.
     """
 
     def __init__(self) -> None:
@@ -32,6 +33,7 @@ class StreamWatch:
         self.events = 0
         self.error: Any = None
         self.usage: dict[str, Any] | None = None
+        self.answer: dict[str, Any] | None = None
         self._parser = EventParser(_LARGEST_HELD)
         self._held = bytearray()
         self._unseen = False  # an event was too large to be looked at
@@ -111,6 +113,7 @@ class StreamWatch:
             self.error = value
         if kind in _LAST:
             self.finished = self.done = True
+            self.answer = value.get("response")
 
 
 def _before(events: bytes, mark: bytes) -> bytes:

@@ -6,6 +6,7 @@ them as blocks, one after the other, and stream each between an opening and a cl
 
 from __future__ import annotations
 
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import orjson
 
 from tqstack.openai_api.errors import ApiError, bad_request
 from tqstack.openai_api.sse import EventParser
+from tqstack.router.tool_calls import CallNumbers
 
 _LARGEST_EVENT = 16 << 20
 Kind = Literal["reasoning", "text", "tool"]
@@ -35,7 +37,7 @@ class Block:
         return "".join(self.pieces)
 
 
-def pieces_of(message: dict[str, Any]) -> Iterator[tuple[Block, str]]:
+def pieces_of(message: dict[str, Any], numbers: CallNumbers) -> Iterator[tuple[Block, str]]:
     """A message or a delta as pieces: the block that each belongs to, and its text."""
     reasoning = message.get("reasoning_content") or message.get("reasoning")
     if isinstance(reasoning, str) and reasoning:
@@ -43,21 +45,26 @@ def pieces_of(message: dict[str, Any]) -> Iterator[tuple[Block, str]]:
     content = message.get("content")
     if isinstance(content, str) and content:
         yield Block("text"), content
-    for place, call in enumerate(message.get("tool_calls") or ()):
+    for call in message.get("tool_calls") or ():
         function = call.get("function") or {}
-        index, call_id = call.get("index", place), call.get("id") or ""
-        block = Block("tool", index, call_id, function.get("name") or "")
+        block = Block("tool", numbers.number(call), call.get("id") or "")
+        block.name = function.get("name") or ""
         yield block, function.get("arguments") or ""
 
 
-def blocks_of(answer: dict[str, Any]) -> tuple[list[Block], str]:
-    """The blocks of a whole chat completion, and its finish reason."""
-    choices = answer.get("choices") or [{}]
+def blocks_of(answer: dict[str, Any]) -> tuple[list[Block], dict[str, Any]]:
+    """The blocks of a whole chat completion, and the choice that they are of."""
+    choice = (answer.get("choices") or [{}])[0]
     blocks = []
-    for block, text in pieces_of(choices[0].get("message") or {}):
+    for block, text in pieces_of(choice.get("message") or {}, CallNumbers()):
+        block.call_id = block.call_id or new_id("call")
         block.pieces.append(text)
         blocks.append(block)
-    return blocks, choices[0].get("finish_reason") or "stop"
+    return blocks, choice
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}_{uuid.uuid4().hex}"
 
 
 class BlockStream(ABC):
@@ -65,11 +72,19 @@ class BlockStream(ABC):
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
-        self.finish_reason = "stop"
+        self.choice: dict[str, Any] = {}  # what the last choices said, but for their deltas
         self.usage: dict[str, Any] = {}
+        self.final: dict[str, Any] | None = None  # the whole answer, where it is needed
         self._parser = EventParser(_LARGEST_EVENT)
         self._open: Block | None = None
+        self._numbers = CallNumbers()
         self._begun = False
+
+    @abstractmethod
+    def ping(self, text: str) -> bytes: ...
+
+    @abstractmethod
+    def fail(self, error: ApiError) -> bytes: ...
 
     @abstractmethod
     def begin(self, chunk: dict[str, Any]) -> bytes:
@@ -107,15 +122,17 @@ class BlockStream(ABC):
         self._begun = True
         self.usage = chunk.get("usage") or self.usage
         for choice in chunk.get("choices") or ():
-            for block, text in pieces_of(choice.get("delta") or {}):
+            for block, text in pieces_of(choice.get("delta") or {}, self._numbers):
                 events += self._add(block, text)
-            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+            self.choice |= {name: value for name, value in choice.items() if value is not None}
         return events
 
     def _add(self, block: Block, text: str) -> bytes:
         current, events = self._open, b""
         if current is None or (current.kind, current.call) != (block.kind, block.call):
             events = self._close_open()
+            if block.kind == "tool":
+                block.call_id = block.call_id or new_id("call")
             current = self._open = block
             self.blocks.append(block)
             events += self.open(block)
@@ -149,6 +166,24 @@ def items(value: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise bad_request(f"{where} must be a list of objects", where)
     return value
+
+
+_EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high", "ultra": "high"}
+
+
+def effort(value: Any, where: str) -> str | None:
+    """How much is to be thought, in the words that every backend knows.
+
+    Raises:
+        ApiError: 400, if it is no word.
+    """
+    if value is None:
+        return None
+    word = _EFFORTS.get(value, value) if isinstance(value, str) else None
+    if word not in ("none", "low", "medium", "high"):
+        known = "none, minimal, low, medium, high, xhigh or max"
+        raise bad_request(f"{where} must be {known}", where)
+    return word
 
 
 def text_field(item: dict[str, Any], name: str, where: str) -> str:

@@ -2,64 +2,94 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import orjson
 
 from tqstack.openai_api.errors import ApiError, bad_request
+from tqstack.openai_api.messages import merge_leading
 from tqstack.router.dialects.blocks import (
     Block,
     BlockStream,
     blocks_of,
     copied,
+    effort,
     items,
     named_event,
+    new_id,
     text_field,
     unsupported,
 )
+from tqstack.router.dialects.conversation import conversation, dropped, without_attribution
 
-_ids = itertools.count(1)
-_STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
+_STOP_REASONS = {
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "function_call": "tool_use",
+    "content_filter": "refusal",
+}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+# Tokens of a thinking budget, up to which it is a low or a medium effort.
+_LOW_BUDGET, _MEDIUM_BUDGET = 4096, 16384
+REFUSED = {
+    "container": "no code runs here",
+    "mcp_servers": "connect to MCP servers from the client, and send their tools",
+    "fallbacks": "the router chooses who answers",
+}
 
 
 class Messages:
     """The dialect."""
 
+    def resolve(self, request: dict[str, Any]) -> dict[str, Any]:
+        return without_attribution(request)
+
+    def keep(self, request: dict[str, Any], answer: dict[str, Any]) -> None:
+        """No request refers to an answer."""
+
     def to_chat(self, request: dict[str, Any]) -> dict[str, Any]:
+        for name, why in REFUSED.items():
+            if request.get(name):
+                raise bad_request(f"{name} is not supported: {why}", name, "unsupported_value")
         chat = copied(
-            request, "model", "stream", "max_tokens", "temperature", "top_p", stop="stop_sequences"
+            request,
+            "model",
+            "stream",
+            "max_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            stop="stop_sequences",
         )
         if chat.get("max_tokens") is None:
             raise bad_request("max_tokens is required", "max_tokens")
-        messages: list[dict[str, Any]] = []
-        if request.get("system"):
-            messages.append({"role": "system", "content": _text(request["system"], "system")})
-        for message in items(request.get("messages"), "messages"):
-            messages += _to_chat_messages(message)
-        if not messages:
-            raise bad_request("messages must not be empty", "messages")
-        chat["messages"] = messages
-        if request.get("tools"):
-            chat["tools"] = [_tool(tool) for tool in items(request["tools"], "tools")]
+        chat["messages"] = merge_leading(conversation(request))
+        if tools := _tools(request)[0]:
+            chat["tools"] = tools
         choice = request.get("tool_choice")
         if isinstance(choice, dict):
             chat["tool_choice"] = _tool_choice(choice)
+            if choice.get("disable_parallel_tool_use"):
+                chat["parallel_tool_calls"] = False
+        _add_format(request, chat)
+        _add_effort(request, chat)
         if chat.get("stream"):
-            chat["stream_options"] = {"include_usage": True}
+            chat["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
         return chat
 
+    def left_out(self, request: dict[str, Any]) -> list[str]:
+        return [*_tools(request)[1], *dropped(request)]
+
     def from_chat(self, answer: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
-        blocks, reason = blocks_of(answer)
+        blocks, choice = blocks_of(answer)
         message = _message(str(answer.get("model") or request.get("model")))
         message["content"] = [_content(block) for block in blocks]
-        message["stop_reason"] = _STOP_REASONS.get(reason, "end_turn")
+        message |= _stop(choice)
         message["usage"] = _usage(answer.get("usage") or {})
         return message
 
-    def stream(self, request: dict[str, Any]) -> MessageStream:
-        return MessageStream(str(request.get("model")))
+    def stream(self, request: dict[str, Any], prompt_tokens: int) -> MessageStream:
+        return MessageStream(str(request.get("model")), prompt_tokens)
 
     def error_body(self, error: ApiError) -> dict[str, Any]:
         """Both APIs' clients find what they look for."""
@@ -67,9 +97,6 @@ class Messages:
         if body["error"]["type"] == "server_error":
             body["error"]["type"] = "overloaded_error" if error.status == 503 else "api_error"
         return body
-
-    def error_event(self, error: ApiError) -> bytes:
-        return named_event(self.error_body(error))
 
 
 class TokenCount(Messages):
@@ -82,12 +109,18 @@ class TokenCount(Messages):
 class MessageStream(BlockStream):
     """`message_start`, then each block between its start and stop, then `message_stop`."""
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, prompt_tokens: int):
         super().__init__()
         self._model = model
+        self._prompt_tokens = prompt_tokens
+
+    def ping(self, text: str) -> bytes:
+        return named_event({"type": "ping"})
 
     def begin(self, chunk: dict[str, Any]) -> bytes:
         message = _message(str(chunk.get("model") or self._model))
+        # Of a backend that counts at the end only, the estimate: clients show it meanwhile.
+        message["usage"] = _usage(chunk.get("usage") or {"prompt_tokens": self._prompt_tokens})
         return named_event({"type": "message_start", "message": message})
 
     def open(self, block: Block) -> bytes:
@@ -106,10 +139,14 @@ class MessageStream(BlockStream):
         return self._event("content_block_stop")
 
     def finish(self) -> bytes:
-        reason = _STOP_REASONS.get(self.finish_reason, "end_turn")
-        delta = {"stop_reason": reason, "stop_sequence": None}
-        closing = {"type": "message_delta", "delta": delta, "usage": _usage(self.usage)}
+        closing = {"type": "message_delta", "delta": _stop(self.choice), "usage": self._used()}
         return named_event(closing) + named_event({"type": "message_stop"})
+
+    def _used(self) -> dict[str, int]:
+        return _usage({"prompt_tokens": self._prompt_tokens, **self.usage})
+
+    def fail(self, error: ApiError) -> bytes:
+        return named_event(Messages().error_body(error))
 
     def _event(self, kind: str, **data: Any) -> bytes:
         return named_event({"type": kind, "index": len(self.blocks) - 1, **data})
@@ -117,7 +154,7 @@ class MessageStream(BlockStream):
 
 def _message(model: str) -> dict[str, Any]:
     return {
-        "id": f"msg_{next(_ids)}",
+        "id": new_id("msg"),
         "type": "message",
         "role": "assistant",
         "model": model,
@@ -128,9 +165,23 @@ def _message(model: str) -> dict[str, Any]:
     }
 
 
+def _stop(choice: dict[str, Any]) -> dict[str, Any]:
+    """Why an answer ended. `stop_reason` of a chat choice is vLLM's and the sidecar's: the stop
+    string that was found."""
+    reason, found = choice.get("finish_reason") or "stop", choice.get("stop_reason")
+    if reason == "stop" and isinstance(found, str):
+        return {"stop_reason": "stop_sequence", "stop_sequence": found}
+    return {"stop_reason": _STOP_REASONS.get(reason, "end_turn"), "stop_sequence": None}
+
+
 def _usage(usage: dict[str, Any]) -> dict[str, int]:
+    """Anthropic's `input_tokens` are those that came from no cache."""
+    prompt = usage.get("prompt_tokens") or 0
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     return {
-        "input_tokens": usage.get("prompt_tokens") or 0,
+        "input_tokens": prompt - cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": cached,
         "output_tokens": usage.get("completion_tokens") or 0,
     }
 
@@ -147,73 +198,63 @@ def _content(block: Block) -> dict[str, Any]:
     return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": arguments}
 
 
-def _to_chat_messages(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """One message as one or more: tool results are messages of their own in chat."""
-    role, content = message.get("role"), message.get("content")
-    if role not in ("user", "assistant"):
-        raise bad_request("messages.role must be user or assistant", "messages")
-    if isinstance(content, str):
-        return [{"role": role, "content": content}]
-    parts: list[dict[str, Any]] = []
-    calls: list[dict[str, Any]] = []
-    results: list[dict[str, Any]] = []
-    for block in items(content, "messages.content"):
-        kind = block.get("type")
-        if kind == "text":
-            text = text_field(block, "text", "messages.content")
-            parts.append({"type": "text", "text": text})
-        elif kind == "image":
-            parts.append({"type": "image_url", "image_url": {"url": _image(block)}})
-        elif kind == "tool_use":
-            calls.append(_call(block))
-        elif kind == "tool_result":
-            result = _text(block.get("content") or "", "messages.content")
-            call_id = text_field(block, "tool_use_id", "messages.content")
-            results.append({"role": "tool", "tool_call_id": call_id, "content": result})
-        elif kind not in ("thinking", "redacted_thinking"):
-            raise unsupported(f"a content block of type {kind!r}", "messages.content")
-    made: dict[str, Any] = {"role": role, "content": _joined(parts)}
-    if calls:
-        made["tool_calls"] = calls
-    return [*results, made] if parts or calls or not results else results
+def _add_format(request: dict[str, Any], chat: dict[str, Any]) -> None:
+    """`output_config.format`; `output_format` is its name of before."""
+    config = request.get("output_config")
+    config = config if isinstance(config, dict) else {}
+    form = config.get("format") or request.get("output_format")
+    if isinstance(form, dict):
+        if form.get("type") != "json_schema" or not isinstance(form.get("schema"), dict):
+            raise bad_request(
+                "output_config.format must be of type json_schema, with a schema", "output_config"
+            )
+        schema = {"name": "answer", "schema": form["schema"], "strict": True}
+        chat["response_format"] = {"type": "json_schema", "json_schema": schema}
+    if config.get("task_budget"):
+        raise unsupported("output_config.task_budget", "output_config")
 
 
-def _joined(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """Plain text where that is all: not every chat template takes a list of parts."""
-    if all(part["type"] == "text" for part in parts):
-        return "\n".join(part["text"] for part in parts)
-    return parts
+def _add_effort(request: dict[str, Any], chat: dict[str, Any]) -> None:
+    """`thinking` and `output_config.effort` as chat's one word for both."""
+    config, thinking = request.get("output_config"), request.get("thinking")
+    wanted = config.get("effort") if isinstance(config, dict) else None
+    word = effort(wanted, "output_config.effort")
+    if isinstance(thinking, dict):
+        budget = thinking.get("budget_tokens")
+        if thinking.get("type") == "disabled":
+            word = "none"
+        elif word is None and isinstance(budget, int):
+            word = "low" if budget <= _LOW_BUDGET else "high"
+            word = "medium" if _LOW_BUDGET < budget <= _MEDIUM_BUDGET else word
+    if word:
+        chat["reasoning_effort"] = word
 
 
-def _text(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    return "\n".join(text_field(block, "text", where) for block in items(content, where))
+def _tools(request: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The tools as functions, and the types of those that run at Anthropic.
 
-
-def _call(block: dict[str, Any]) -> dict[str, Any]:
-    function = {
-        "name": text_field(block, "name", "messages.content"),
-        "arguments": orjson.dumps(block.get("input") or {}).decode(),
-    }
-    return {"id": block.get("id") or "", "type": "function", "function": function}
-
-
-def _image(block: dict[str, Any]) -> str:
-    source = block.get("source")
-    if isinstance(source, dict) and isinstance(source.get("url"), str):
-        return source["url"]
-    if isinstance(source, dict) and isinstance(source.get("data"), str):
-        return f"data:{source.get('media_type', 'image/png')};base64,{source['data']}"
-    raise bad_request("an image needs a source with `url` or `data`", "messages.content")
+    Raises:
+        ApiError: 400, if one is malformed, or none is left.
+    """
+    if not request.get("tools"):
+        return [], []
+    given = items(request["tools"], "tools")
+    kept = [_tool(tool) for tool in given if "input_schema" in tool]
+    hosted = [str(tool.get("type")) for tool in given if "input_schema" not in tool]
+    if not kept:
+        raise bad_request(
+            f"tools: {', '.join(hosted)} would run on Anthropic's servers, or need a model that "
+            "was trained on them; send tools with an input_schema",
+            "tools",
+            "unsupported_value",
+        )
+    return kept, hosted
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    if "input_schema" not in tool:
-        raise unsupported(f"a tool of type {tool.get('type')!r}", "tools")
     function = {
         "name": text_field(tool, "name", "tools"),
-        **copied(tool, "description", parameters="input_schema"),
+        **copied(tool, "description", "strict", parameters="input_schema"),
     }
     return {"type": "function", "function": function}
 

@@ -1,4 +1,4 @@
-"""OpenAI's Responses API (`POST /v1/responses`) as chat completions. It keeps no state."""
+"""OpenAI's Responses API (`POST /v1/responses`) as chat completions."""
 
 from __future__ import annotations
 
@@ -7,31 +7,68 @@ import time
 from typing import Any
 
 from tqstack.openai_api.errors import ApiError, bad_request
+from tqstack.openai_api.messages import merge_leading
 from tqstack.router.dialects.blocks import (
     Block,
     BlockStream,
     blocks_of,
     copied,
-    items,
+    effort,
     named_event,
-    text_field,
-    unsupported,
+    new_id,
+)
+from tqstack.router.dialects.history import dropped, history, seal
+from tqstack.router.dialects.stored import ResponseStore
+from tqstack.router.dialects.tools import (
+    Tool,
+    call_item,
+    choose_tools,
+    free_text,
+    read_tools,
 )
 
-_ids = itertools.count(1)
 # Fields of the request that the answer repeats.
-_ECHOED = ("instructions", "temperature", "top_p", "max_output_tokens", "metadata")
+_ECHOED = (
+    "instructions",
+    "temperature",
+    "top_p",
+    "max_output_tokens",
+    "metadata",
+    "previous_response_id",
+    "store",
+    "text",
+    "reasoning",
+)
+_SEALED = "reasoning.encrypted_content"
+REFUSED = {
+    "conversation": "no conversations are kept here; send previous_response_id or the whole input",
+    "prompt": "there are no stored prompts here; send instructions and input",
+    "background": "an answer is given while the client waits; leave background out",
+    "top_logprobs": "ask /v1/chat/completions for logprobs",
+    "moderation": "nothing is moderated here",
+    "context_management": "nothing compacts a conversation here; leave it out",
+    "multi_agent": "one model answers here; leave it out",
+}
 
 
 class Responses:
-    """The dialect."""
+    """The dialect.
+
+    Args:
+        store: answers that requests may refer to.
+    """
+
+    def __init__(self, store: ResponseStore | None = None):
+        self._store = store or ResponseStore()
+
+    def resolve(self, request: dict[str, Any]) -> dict[str, Any]:
+        return self._store.resolve(request)
+
+    def keep(self, request: dict[str, Any], answer: dict[str, Any]) -> None:
+        self._store.keep(request, answer)
 
     def to_chat(self, request: dict[str, Any]) -> dict[str, Any]:
-        for name in ("previous_response_id", "conversation", "prompt"):
-            if request.get(name):
-                raise bad_request(
-                    f"{name} is not supported: nothing is stored here; send the whole input", name
-                )
+        _refuse(request)
         chat = copied(
             request,
             "model",
@@ -41,42 +78,66 @@ class Responses:
             "parallel_tool_calls",
             max_tokens="max_output_tokens",
         )
-        chat["messages"] = _messages(request)
-        if request.get("tools"):
-            chat["tools"] = [_tool(tool) for tool in items(request["tools"], "tools")]
-        choice = request.get("tool_choice")
-        if isinstance(choice, dict):
-            name = text_field(choice, "name", "tool_choice")
-            chat["tool_choice"] = {"type": "function", "function": {"name": name}}
-        elif choice is not None:
+        chat["messages"] = merge_leading(history(request))
+        tools, choice = choose_tools(request, read_tools(request)[0])
+        if tools:
+            chat["tools"] = [{"type": "function", "function": tool.function} for tool in tools]
+        if choice is not None:
             chat["tool_choice"] = choice
-        form = (request.get("text") or {}).get("format") if _is_dict(request, "text") else None
+        form = _object(request, "text").get("format")
         if isinstance(form, dict) and form.get("type") == "json_schema":
             schema = copied(form, "name", "schema", "strict", "description")
             chat["response_format"] = {"type": "json_schema", "json_schema": schema}
         elif isinstance(form, dict) and form.get("type") == "json_object":
             chat["response_format"] = {"type": "json_object"}
-        if _is_dict(request, "reasoning"):
-            chat |= copied(request["reasoning"], reasoning_effort="effort")
+        if wanted := effort(_object(request, "reasoning").get("effort"), "reasoning.effort"):
+            chat["reasoning_effort"] = wanted
         if chat.get("stream"):
             chat["stream_options"] = {"include_usage": True}
         return chat
 
+    def left_out(self, request: dict[str, Any]) -> list[str]:
+        return [*read_tools(request)[1], *dropped(request)]
+
     def from_chat(self, answer: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
-        blocks, reason = blocks_of(answer)
-        response = _response(request, answer)
-        output = [_item(block, _item_id(block), "completed") for block in blocks]
+        blocks, choice = blocks_of(answer)
+        writer = _Items(request)
+        output = [writer.item(block, writer.new_id(block), "completed") for block in blocks]
+        reason = choice.get("finish_reason") or "stop"
+        response = _response(request, str(answer.get("model") or ""))
         return _completed(response, output, reason, answer.get("usage") or {})
 
-    def stream(self, request: dict[str, Any]) -> ResponseStream:
+    def stream(self, request: dict[str, Any], prompt_tokens: int) -> ResponseStream:
         return ResponseStream(request)
 
     def error_body(self, error: ApiError) -> dict[str, Any]:
         return error.body
 
-    def error_event(self, error: ApiError) -> bytes:
-        inner = error.body["error"]
-        return named_event({**inner, "type": "error", "sequence_number": 0})
+
+class _Items:
+    """Writes blocks as output items."""
+
+    def __init__(self, request: dict[str, Any]):
+        self._tools = read_tools(request)[0]
+        self._sealed = _SEALED in _included(request)
+
+    def tool(self, block: Block) -> Tool | None:
+        return self._tools.get(block.name)
+
+    def new_id(self, block: Block) -> str:
+        return new_id({"reasoning": "rs", "text": "msg", "tool": "fc"}[block.kind])
+
+    def item(self, block: Block, item_id: str, status: str) -> dict[str, Any]:
+        text = block.text
+        if block.kind == "tool":
+            return call_item(block, self.tool(block), item_id, status)
+        item: dict[str, Any] = {"id": item_id, "status": status}
+        if block.kind == "reasoning":
+            content = [{"type": "reasoning_text", "text": text}] if text else []
+            item |= {"type": "reasoning", "summary": [], "content": content}
+            return {**item, "encrypted_content": seal(text)} if self._sealed else item
+        content = [_text_part(text)] if text else []
+        return {**item, "type": "message", "role": "assistant", "content": content}
 
 
 class ResponseStream(BlockStream):
@@ -84,22 +145,34 @@ class ResponseStream(BlockStream):
 
     def __init__(self, request: dict[str, Any]):
         super().__init__()
-        self._request = request
-        self._response: dict[str, Any] = {}
+        self._items = _Items(request)
+        self._response = _response(request, "")
+        self.final: dict[str, Any] | None = None
         self._output: list[dict[str, Any]] = []
         self._item_id = ""
+        self._created = False
         self._number = itertools.count()
 
+    def ping(self, text: str) -> bytes:
+        """Codex gives up after 300 s without an event; comments do not count."""
+        return self._create() or self._event("response.in_progress", response=self._response)
+
     def begin(self, chunk: dict[str, Any]) -> bytes:
-        self._response = _response(self._request, chunk)
+        self._response["model"] = str(chunk.get("model") or self._response["model"])
+        return self._create()
+
+    def _create(self) -> bytes:
+        if self._created:
+            return b""
+        self._created = True
         return b"".join(
             self._event(kind, response=self._response)
             for kind in ("response.created", "response.in_progress")
         )
 
     def open(self, block: Block) -> bytes:
-        self._item_id = _item_id(block)
-        item = _item(block, self._item_id, "in_progress")
+        self._item_id = self._items.new_id(block)
+        item = self._items.item(block, self._item_id, "in_progress")
         added = self._event("response.output_item.added", output_index=len(self._output), item=item)
         if block.kind != "text":
             return added
@@ -107,6 +180,9 @@ class ResponseStream(BlockStream):
 
     def delta(self, block: Block, text: str) -> bytes:
         if block.kind == "tool":
+            tool = self._items.tool(block)
+            if tool and tool.kind != "function":
+                return b""  # its text is inside JSON: sent when that is whole
             return self._of_item("response.function_call_arguments.delta", delta=text)
         if block.kind == "reasoning":
             return self._part("response.reasoning_text.delta", delta=text)
@@ -115,21 +191,40 @@ class ResponseStream(BlockStream):
     def close(self, block: Block) -> bytes:
         text = block.text
         if block.kind == "tool":
-            kind = "response.function_call_arguments.done"
-            events = self._of_item(kind, arguments=text, name=block.name)
+            events = self._close_call(block)
         elif block.kind == "reasoning":
             events = self._part("response.reasoning_text.done", text=text)
         else:
             events = self._part("response.output_text.done", text=text, logprobs=[])
             events += self._part("response.content_part.done", part=_text_part(text))
-        item = _item(block, self._item_id, "completed")
+        item = self._items.item(block, self._item_id, "completed")
         index = len(self._output)
         self._output.append(item)
         return events + self._event("response.output_item.done", output_index=index, item=item)
 
+    def _close_call(self, block: Block) -> bytes:
+        tool = self._items.tool(block)
+        if tool and tool.kind == "local_shell":
+            return b""
+        if tool and tool.kind == "custom":
+            text = free_text(block.text)
+            delta = self._of_item("response.custom_tool_call_input.delta", delta=text)
+            return delta + self._of_item("response.custom_tool_call_input.done", input=text)
+        name = tool.own_name if tool else block.name
+        kind = "response.function_call_arguments.done"
+        return self._of_item(kind, arguments=block.text, name=name)
+
     def finish(self) -> bytes:
-        done = _completed(self._response, self._output, self.finish_reason, self.usage)
-        return self._event(f"response.{done['status']}", response=done)
+        reason = self.choice.get("finish_reason") or "stop"
+        final = self.final = _completed(self._response, self._output, reason, self.usage)
+        return self._event(f"response.{final['status']}", response=final)
+
+    def fail(self, error: ApiError) -> bytes:
+        """Codex reads why from the first event, the SDK from the second."""
+        inner = error.body["error"]
+        told = {"code": inner["code"] or "server_error", "message": inner["message"]}
+        failed = {**self._response, "status": "failed", "error": told, "output": self._output}
+        return self._event("response.failed", response=failed) + self._event("error", **inner)
 
     def _part(self, kind: str, **data: Any) -> bytes:
         return self._of_item(kind, content_index=0, **data)
@@ -138,16 +233,39 @@ class ResponseStream(BlockStream):
         return self._event(kind, item_id=self._item_id, output_index=len(self._output), **data)
 
     def _event(self, kind: str, **data: Any) -> bytes:
-        return named_event({"type": kind, "sequence_number": next(self._number), **data})
+        return named_event({**data, "type": kind, "sequence_number": next(self._number)})
 
 
-def _response(request: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+def _refuse(request: dict[str, Any]) -> None:
+    for name, why in REFUSED.items():
+        if request.get(name):
+            raise bad_request(f"{name} is not supported: {why}", name, "unsupported_value")
+    if request.get("truncation") not in (None, "disabled"):
+        raise bad_request(
+            "truncation: nothing is cut from a conversation here; a prompt that is too long is "
+            "refused, so send a shorter one",
+            "truncation",
+            "unsupported_value",
+        )
+    if _object(request, "text").get("verbosity") not in (None, "medium"):
+        raise bad_request(
+            "text.verbosity: models here have no such dial; say it in the instructions",
+            "text.verbosity",
+            "unsupported_value",
+        )
+    if "message.output_text.logprobs" in _included(request):
+        raise bad_request(
+            "include: logprobs are not translated; ask /v1/chat/completions for them", "include"
+        )
+
+
+def _response(request: dict[str, Any], model: str) -> dict[str, Any]:
     return {
-        "id": f"resp_{next(_ids)}",
+        "id": new_id("resp"),
         "object": "response",
         "created_at": int(time.time()),
         "status": "in_progress",
-        "model": str(answer.get("model") or request.get("model") or ""),
+        "model": model or str(request.get("model") or ""),
         "output": [],
         "error": None,
         "incomplete_details": None,
@@ -165,6 +283,7 @@ def _completed(
     cut = reason == "length"
     prompt, answer = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    thought = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0
     return {
         **response,
         "status": "incomplete" if cut else "completed",
@@ -174,100 +293,21 @@ def _completed(
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": cached},
             "output_tokens": answer,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": thought},
             "total_tokens": prompt + answer,
         },
     }
-
-
-def _item_id(block: Block) -> str:
-    prefix = {"reasoning": "rs", "text": "msg", "tool": "fc"}[block.kind]
-    return f"{prefix}_{next(_ids)}"
 
 
 def _text_part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _item(block: Block, item_id: str, status: str) -> dict[str, Any]:
-    item: dict[str, Any] = {"id": item_id, "status": status}
-    text = block.text
-    if block.kind == "tool":
-        call = {"call_id": block.call_id, "name": block.name, "arguments": text}
-        return {**item, "type": "function_call", **call}
-    if block.kind == "reasoning":
-        content = [{"type": "reasoning_text", "text": text}] if text else []
-        return {**item, "type": "reasoning", "summary": [], "content": content}
-    content = [_text_part(text)] if text else []
-    return {**item, "type": "message", "role": "assistant", "content": content}
+def _included(request: dict[str, Any]) -> list[Any]:
+    value = request.get("include")
+    return value if isinstance(value, list) else []
 
 
-def _messages(request: dict[str, Any]) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
-    if request.get("instructions"):
-        text = text_field(request, "instructions", "request")
-        messages.append({"role": "system", "content": text})
-    given = request.get("input")
-    if isinstance(given, str) and given:
-        return [*messages, {"role": "user", "content": given}]
-    for item in items(given, "input"):
-        _add(item, messages)
-    if not messages:
-        raise bad_request("input must not be empty", "input")
-    return messages
-
-
-def _add(item: dict[str, Any], messages: list[dict[str, Any]]) -> None:
-    """Appends one input item; tool calls join the assistant's message before them."""
-    kind = item.get("type") or "message"
-    if kind == "message":
-        role = text_field(item, "role", "input")
-        content = _content(item.get("content"))
-        messages.append({"role": "system" if role == "developer" else role, "content": content})
-    elif kind == "function_call":
-        function = {name: text_field(item, name, "input") for name in ("name", "arguments")}
-        call_id = text_field(item, "call_id", "input")
-        if not messages or messages[-1]["role"] != "assistant":
-            messages.append({"role": "assistant", "content": ""})
-        calls = messages[-1].setdefault("tool_calls", [])
-        calls.append({"id": call_id, "type": "function", "function": function})
-    elif kind == "function_call_output":
-        call_id, output = text_field(item, "call_id", "input"), _content(item.get("output"))
-        messages.append({"role": "tool", "tool_call_id": call_id, "content": output})
-    elif kind != "reasoning":
-        raise unsupported(f"an input item of type {kind!r}", "input")
-
-
-def _content(content: Any) -> str | list[dict[str, Any]]:
-    if isinstance(content, str):
-        return content
-    parts = [_content_part(part) for part in items(content, "input.content")]
-    if all(part["type"] == "text" for part in parts):
-        return "\n".join(part["text"] for part in parts)
-    return parts
-
-
-def _content_part(part: dict[str, Any]) -> dict[str, Any]:
-    kind = part.get("type")
-    if kind in ("input_text", "output_text", "text"):
-        return {"type": "text", "text": text_field(part, "text", "input.content")}
-    if kind == "refusal":
-        return {"type": "text", "text": text_field(part, "refusal", "input.content")}
-    if kind == "input_image":
-        url = text_field(part, "image_url", "input.content")
-        return {"type": "image_url", "image_url": {"url": url}}
-    raise unsupported(f"a content part of type {kind!r}", "input.content")
-
-
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    if tool.get("type") != "function":
-        raise unsupported(f"a tool of type {tool.get('type')!r}", "tools")
-    name = text_field(tool, "name", "tools")
-    return {
-        "type": "function",
-        "function": {"name": name, **copied(tool, "description", "parameters", "strict")},
-    }
-
-
-def _is_dict(request: dict[str, Any], name: str) -> bool:
-    return isinstance(request.get(name), dict)
+def _object(request: dict[str, Any], name: str) -> dict[str, Any]:
+    value = request.get(name)
+    return value if isinstance(value, dict) else {}

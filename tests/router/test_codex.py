@@ -1,0 +1,46 @@
+"""Codex CLI, where it is installed: it asks, runs the tool that the model calls, and shows the
+answer to its result."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from router.agent import works
+from router.stack import Stack
+
+CODEX = os.environ.get("CODEX") or shutil.which("codex")
+
+
+@pytest.mark.skipif(not CODEX, reason="codex is not installed")
+def test_codex_runs_a_command_and_reads_its_output(tmp_path):
+    with Stack() as stack:
+        stack.sidecar.script = works("exec_command", lambda _: {"cmd": "echo forty-$((40+2))"})
+        work = tmp_path / "work"
+        (home := tmp_path / "home" / ".codex").mkdir(parents=True)
+        work.mkdir()
+        provider = f'{{name="tqstack", base_url="{stack.url}/v1", wire_api="responses"}}'
+        options = ["--dangerously-bypass-approvals-and-sandbox", "-m", "tq:demo"]
+        options += ["-c", f"model_providers.tq={provider}", "-c", "model_provider=tq"]
+        done = subprocess.run(
+            [str(CODEX), "exec", "--skip-git-repo-check", *options, "what does echo say?"],
+            cwd=work,
+            env={**os.environ, "HOME": str(home.parent), "CODEX_HOME": str(home)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert "forty-42" in done.stdout, done.stderr[-3000:]
+        first, second = (seen.json for seen in stack.sidecar.seen[:2])
+        roles = [message["role"] for message in first["messages"]]
+        assert roles.count("system") == 1 and roles[0] == "system"
+        names = {tool["function"]["name"] for tool in first["tools"]}
+        assert "multi_agent_v1__spawn_agent" in names
+        assert "web_search" in stack.app.state.services.journal.recent[0].left_out
+        # What the model thought before its call comes back with the call.
+        [called] = [m for m in second["messages"] if m.get("tool_calls")]
+        assert called["reasoning_content"] == "I need a tool."
