@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,45 +16,35 @@ GAP = 0.5
 
 @dataclass
 class Job:
-    """
-    Attributes:
-        tokens: of its prompt.
-        answer: tokens that it makes.
-        nbytes: that it needs.
-        kept: tokens of the prompt that need not be read.
-        at: seconds, when it comes.
-    """
-
-    tokens: int
-    answer: int = 3
+    tokens: int  # of its prompt
+    answer: int = 3  # tokens
     nbytes: int = 1
-    kept: int = 0
+    kept: int = 0  # tokens of the prompt that need not be read
     stops: tuple[int, ...] = ()
-    at: float = 0.0
+    at: float = 0.0  # seconds, when it comes
+
+
+class Chunk(NamedTuple):
+    job: int
+    tokens: int
+    seconds: float
 
 
 @dataclass
 class Machine:
-    """Memory, a clock, and what happened.
-
-    Args:
-        pace: seconds that reading a token takes.
-        decode: seconds of a step of all sequences.
-        lost: jobs that fit alone, but not any more once they are to run.
-    """
+    """Memory, a clock, and what happened."""
 
     nbytes: int = 100
     running: int = 4
     waiting: int = 1_000
-    pace: float = 0.001
-    decode: float = 0.05
+    pace: float = 0.001  # seconds, to read a token
+    decode: float = 0.05  # seconds, a step of all sequences
     chunk: int = 2_048
-    gap: float = GAP
-    lost: frozenset[int] = frozenset()
+    lost: frozenset[int] = frozenset()  # they fit alone, but not any more once they are to run
     clock: float = 0.0
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self, self.running, self.waiting, self.gap)
+        self.scheduler = Scheduler(self, self.running, self.waiting, GAP)
         self.jobs: list[Job] = []
         self.refused: dict[int, str] = {}
         self.held: set[int] = set()
@@ -63,10 +54,7 @@ class Machine:
         self.begun: list[int] = []
         self.ended: list[int] = []
         self.cancelled: set[int] = set()
-        self.ends: dict[int, float] = {}  # when
         self.decoded = 0.0  # seconds
-
-    # -- what the scheduler asks -------------------------------------------------------------
 
     def alone(self, job: int) -> bool:
         return self.jobs[job].nbytes <= self.nbytes
@@ -79,16 +67,14 @@ class Machine:
         self.begun.append(job)
         return Admission(self.chunk, wanted.kept, wanted.stops)
 
-    # -- what happens --------------------------------------------------------------------------
-
     def submit(self, *jobs: Job) -> list[int]:
         """Numbers of these jobs."""
-        for job in jobs:
-            self.jobs.append(job)
-            number = len(self.jobs) - 1
+        numbers = list(range(len(self.jobs), len(self.jobs) + len(jobs)))
+        self.jobs += jobs
+        for number, job in zip(numbers, jobs, strict=True):
             if refusal := self.scheduler.submit(Waiter(number, job.tokens, job.kept)):
                 self.refused[number] = refusal
-        return list(range(len(self.jobs) - len(jobs), len(self.jobs)))
+        return numbers
 
     def cancel(self, job: int) -> None:
         self.scheduler.remove(job)
@@ -118,11 +104,10 @@ class Machine:
         assert count or at == wanted.tokens
         assert not any(at < stop < at + count for stop in wanted.stops)
         seconds = count * self.pace
-        self.chunks.append(Chunk(job, count, seconds, bool(self.decoding), self.clock))
+        self.chunks.append(Chunk(job, count, seconds))
         self.clock += seconds
         self.read[job] += count
-        waiter = self.scheduler.was_read(job, count, seconds)
-        assert waiter.read == at + count
+        assert self.scheduler.was_read(job, count, seconds).read == at + count
         if at + count == wanted.tokens:
             self.decoding[job] = 0
 
@@ -137,7 +122,6 @@ class Machine:
                 self.scheduler.remove(job)
                 self.held.remove(job)
                 self.ended.append(job)
-                self.ends[job] = self.clock
 
     def run(self, jobs: list[Job]) -> None:
         """Until all that come have ended."""
@@ -153,23 +137,14 @@ class Machine:
         while not done():
             self.step()
 
+    def step_in_a_crowd(self, job: Job) -> None:
+        """A step while there are always more of these jobs."""
+        while self.scheduler.waits < 3:
+            self.submit(job)
+        self.step()
+
     def read_until_decoding(self, job: int) -> None:
         self.until(lambda: job in self.decoding)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """
-    Attributes:
-        waited: whether sequences decoded meanwhile.
-        at: seconds, when it began.
-    """
-
-    job: int
-    tokens: int
-    seconds: float
-    waited: bool
-    at: float
 
 
 @st.composite
@@ -227,7 +202,7 @@ def test_a_job_that_is_cancelled_at_any_moment_leaves_no_trace(machine, script, 
         machine.step()
     gone = {*machine.ended, *machine.refused, *machine.cancelled}
     assert gone == set(range(len(machine.jobs))) and not machine.held
-    fresh = Scheduler(machine, machine.running, machine.waiting, machine.gap)
+    fresh = Scheduler(machine, machine.running, machine.waiting, GAP)
     fresh._pace = machine.scheduler._pace  # this it has learnt
     assert vars(machine.scheduler) == vars(fresh) and fresh.next() == Step()
 
@@ -248,9 +223,7 @@ def test_a_long_prompt_that_ever_new_short_ones_overtake_is_read_within_twice_it
     machine = Machine()
     (long,) = machine.submit(Job(100_000))
     while long not in machine.decoding:
-        while machine.scheduler.waits < 3:
-            machine.submit(Job(500, answer=2))
-        machine.step()
+        machine.step_in_a_crowd(Job(500, answer=2))
     others = sum(machine.read.values()) - machine.read[long]
     assert 20_000 < others <= 100_000 + machine.chunk
 
@@ -260,9 +233,7 @@ def test_a_long_prompt_that_comes_last_is_read_within_twice_its_work():
     machine.submit(*[Job(500, answer=2)] * 3)
     (long,) = machine.submit(Job(20_000))
     while long not in machine.decoding:
-        while machine.scheduler.waits < 3:
-            machine.submit(Job(500, answer=2))
-        machine.step()
+        machine.step_in_a_crowd(Job(500, answer=2))
     assert sum(machine.read.values()) <= 2 * 20_000 + 4 * 500
 
 
@@ -271,14 +242,9 @@ def test_a_job_that_does_not_fit_beside_others_waits_and_then_has_its_turn():
     machine.submit(*[Job(300, answer=2, nbytes=30)] * 3)
     machine.step()
     (big,) = machine.submit(Job(4_000, nbytes=80))
-    others = 0
     while big not in machine.held:
-        while machine.scheduler.waits < 3:
-            machine.submit(Job(300, answer=2, nbytes=30))
-            others += 1
-        machine.step()
-    assert others > 3 and sum(machine.read.values()) <= 4_000 + 4 * 300
-    machine.read_until_decoding(big)
+        machine.step_in_a_crowd(Job(300, answer=2, nbytes=30))
+    assert len(machine.ended) > 3 and sum(machine.read.values()) <= 4_000 + 4 * 300
 
 
 def test_what_fits_goes_ahead_of_what_does_not_until_that_has_waited_enough():
@@ -320,9 +286,7 @@ def test_equal_prompts_are_read_one_after_the_other_in_the_order_in_which_they_c
     st.sampled_from([256, 2_048, 16_384]),
     st.lists(jobs(), max_size=5),
 )
-def test_while_sequences_decode_gaps_are_bounded_and_they_get_their_share(
-    pace, decode, chunk, others
-):
+def test_gaps_are_bounded_and_sequences_get_their_share(pace, decode, chunk, others):
     machine = Machine(pace=pace, decode=decode, chunk=chunk, running=8, nbytes=1_000)
     (stream,) = machine.submit(Job(1_000, answer=1 << 40))
     machine.read_until_decoding(stream)
@@ -335,7 +299,6 @@ def test_while_sequences_decode_gaps_are_bounded_and_they_get_their_share(
     smallest = SMALLEST_CHUNK * pace
     chunks = machine.chunks[first:]
     assert all(chunk.seconds <= max(GAP, smallest) + 1e-9 for chunk in chunks)
-    assert all(chunk.waited for chunk in chunks)
     paid = machine.clock - began - GAP - smallest  # the last ones are paid for afterwards
     assert machine.decoded - decoded >= 0.4 * paid
 
@@ -361,23 +324,17 @@ def test_gaps_stay_bounded_while_reading_becomes_slower_with_every_token():
     assert max(chunk.seconds for chunk in machine.chunks[first:]) <= 1.2 * GAP
 
 
-def test_chunks_are_full_while_nobody_waits():
+def test_chunks_are_full_while_nobody_waits_and_only_then():
     machine = Machine(pace=0.01)
-    (job,) = machine.submit(Job(3 * 2_048 + 5))
-    machine.read_until_decoding(job)
-    assert [chunk.tokens for chunk in machine.chunks] == [2_048, 2_048, 2_048, 5]
-
-
-def test_chunks_are_full_again_when_nobody_waits_any_more():
-    machine = Machine(pace=0.01)
-    (long,) = machine.submit(Job(100_000))
+    (long,) = machine.submit(Job(100_005))
     machine.step()
     (short,) = machine.submit(Job(500))
     machine.until(lambda: short in machine.ended)
     beside = [chunk.tokens for chunk in machine.chunks[1:]]
     assert max(beside) == 32  # 0.32 s: two of them would be more than the gap
-    machine.step()
-    assert machine.chunks[-1] == replace(machine.chunks[-1], job=long, tokens=2_048)
+    machine.read_until_decoding(long)
+    alone = [chunk.tokens for chunk in machine.chunks[1 + len(beside) :]]
+    assert {*alone[:-1]} == {machine.chunk} and machine.chunks[0].tokens == machine.chunk
 
 
 def test_chunks_end_at_every_stop():
@@ -419,15 +376,14 @@ def test_what_turns_out_not_to_fit_is_refused_when_nothing_runs_and_not_before()
 def test_a_prompt_that_was_kept_wholly_decodes_at_once():
     machine = Machine()
     machine.submit(Job(5_000, kept=5_000), Job(0))
-    machine.step()
-    machine.step()
-    machine.step()
+    for _ in range(3):
+        machine.step()
     assert machine.decoding == {0: 2, 1: 2} and not any(machine.read.values())
 
 
 def test_a_prompt_that_was_kept_wholly_decodes_at_once_beside_one_that_is_read():
     machine = Machine()
-    (stream, _) = machine.submit(Job(100, answer=1 << 40), Job(50_000))
+    stream, _ = machine.submit(Job(100, answer=1 << 40), Job(50_000))
     machine.read_until_decoding(stream)
     machine.until(lambda: machine.read[1] > 10_000)
     came = machine.clock

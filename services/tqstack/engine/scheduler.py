@@ -5,8 +5,8 @@ The prompt with the fewest tokens left goes first, and one that others overtake 
 that is read for somebody else it counts a token less, so that a long one waits for about as much
 work as it is itself, and no longer.
 
-While sequences decode, a chunk takes no longer than `gap`, and the sequences then get as much time
-as it took.
+While sequences decode, reading has `gap` seconds at a time, for a long prompt's chunk or for several
+short prompts; when they are used up, the sequences get as much time.
 """
 
 from __future__ import annotations
@@ -63,9 +63,14 @@ class Waiter:
     stops: tuple[int, ...] = ()
 
     @property
+    def left(self) -> int:
+        """Tokens that must still be read."""
+        return self.tokens - self.read
+
+    @property
     def rank(self) -> int:
         """The lowest goes first."""
-        return self.tokens - self.read - self.waited
+        return self.left - self.waited
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Scheduler:
     Args:
         running: most jobs that run at once.
         waiting: most jobs that wait.
-        gap: seconds that a chunk may take while sequences decode.
+        gap: seconds for which reading may hold up sequences that decode.
     """
 
     memory: Memory
@@ -100,7 +105,11 @@ class Scheduler:
     _reading: dict[int, Waiter] = field(default_factory=dict)
     _decoding: dict[int, Waiter] = field(default_factory=dict)
     _pace: float = 0.0  # seconds that reading a token takes; 0: unknown
-    _owed: float = 0.0  # seconds of decoding that are due before the next chunk
+    _credit: float = field(init=False)  # seconds that reading may take now
+    _spent: bool = False  # whether the sequences that decode get their time now
+
+    def __post_init__(self) -> None:
+        self._credit = self.gap
 
     @property
     def waits(self) -> int:
@@ -124,13 +133,13 @@ class Scheduler:
         for where in (self._queue, self._reading, self._decoding):
             where.pop(job, None)
         if not self._decoding:
-            self._owed = 0.0
+            self._credit, self._spent = self.gap, False
 
     def next(self) -> Step:
         refused = self._admit()
         read = None
-        if self._reading and self._owed <= 0:
-            waiter = min(self._reading.values(), key=_rank)
+        waiter = min(self._reading.values(), key=_rank, default=None)
+        if waiter and (not self._spent or waiter.left * self._pace <= self._credit):
             read = waiter.job, self._chunk(waiter)
         return Step(refused, read, bool(self._decoding))
 
@@ -158,9 +167,9 @@ class Scheduler:
         """Tokens of its next chunk: a full one, or what goes into the gap of those who wait."""
         most = waiter.chunk
         if self._decoding or self._queue or len(self._reading) > 1:
-            fitting = int(self.gap / self._pace) if self._pace else FIRST_CHUNK
-            fitting -= fitting % SMALLEST_CHUNK
-            most = min(most, max(SMALLEST_CHUNK, fitting))
+            seconds = self._credit if self._decoding else self.gap
+            fitting = int(seconds / self._pace) if self._pace else FIRST_CHUNK
+            most = min(most, _power_of_two(max(SMALLEST_CHUNK, fitting)))
         end = min(waiter.read + most, waiter.tokens)
         return min([end, *(stop for stop in waiter.stops if waiter.read < stop)]) - waiter.read
 
@@ -174,17 +183,24 @@ class Scheduler:
             pace = seconds / tokens
             self._pace = (self._pace + pace) / 2 if self._pace else pace
         if self._decoding:
-            self._owed = min(seconds, 2 * self.gap)
+            self._credit -= seconds
+            self._spent = self._spent or self._credit < SMALLEST_CHUNK * self._pace
         for other in (*self._queue.values(), *self._reading.values()):
             if other is not waiter:
                 other.waited += tokens
-        if waiter.read == waiter.tokens:
+        if not waiter.left:
             self._decoding[job] = self._reading.pop(job)
         return waiter
 
     def decoded(self, seconds: float) -> None:
         """All sequences have made a token."""
-        self._owed = max(0.0, self._owed - seconds)
+        self._credit = min(self.gap, self._credit + seconds)
+        self._spent = self._spent and self._credit < self.gap
+
+
+def _power_of_two(n: int) -> int:
+    """The last one up to n: of few sizes, few kernels are compiled."""
+    return 1 << (n.bit_length() - 1)
 
 
 def _rank(waiter: Waiter) -> int:

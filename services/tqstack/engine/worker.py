@@ -198,7 +198,7 @@ class Worker:
         waiter = self._scheduler.was_read(tracked.job.id, count, time.perf_counter() - began)
         if len(running.tokens) in waiter.stops:
             self._keep(tracked)
-        if waiter.read == waiter.tokens:
+        if not waiter.left:
             self._model.join(running)
         else:
             total = tracked.job.prompt_tokens
