@@ -31,10 +31,12 @@ _STOP_REASONS = {
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 # Tokens of a thinking budget, up to which it is a low or a medium effort.
 _LOW_BUDGET, _MEDIUM_BUDGET = 4096, 16384
+_NO_THREADS = "thread_unsupported_request"
 REFUSED = {
     "container": "no code runs here",
     "mcp_servers": "connect to MCP servers from the client, and send their tools",
     "fallbacks": "the router chooses who answers",
+    "compaction": "nothing compacts a conversation here; the client can",
 }
 
 
@@ -42,6 +44,12 @@ class Messages:
     """The dialect."""
 
     def resolve(self, request: dict[str, Any]) -> dict[str, Any]:
+        if request.get("thread"):
+            raise bad_request(
+                "thread: no conversation is kept here; send all of its messages",
+                "thread",
+                _NO_THREADS,
+            )
         return without_attribution(request)
 
     def keep(self, request: dict[str, Any], answer: dict[str, Any]) -> None:
@@ -64,6 +72,8 @@ class Messages:
         if chat.get("max_tokens") is None:
             raise bad_request("max_tokens is required", "max_tokens")
         chat["messages"] = merge_leading(conversation(request))
+        if chat["messages"][-1]["role"] == "assistant":  # the answer is to go on from there
+            chat |= {"continue_final_message": True, "add_generation_prompt": False}
         if tools := _tools(request)[0]:
             chat["tools"] = tools
         choice = request.get("tool_choice")
@@ -96,6 +106,8 @@ class Messages:
         body = {"type": "error", **error.body}
         if body["error"]["type"] == "server_error":
             body["error"]["type"] = "overloaded_error" if error.status == 503 else "api_error"
+        if error.code == _NO_THREADS:  # the SDK then sends the whole conversation by itself
+            body["error"]["details"] = {"error_code": error.code, "unsupported": ["thread"]}
         return body
 
 
