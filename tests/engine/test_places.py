@@ -61,13 +61,13 @@ def test_a_new_branch_and_a_new_system_prompt_are_exactly_there():
     assert {3_000, 5_000, 9_000, 19_900} <= set(chosen)
 
 
-@given(st.integers(1, 200_000), st.integers(20, 200), st.data())
-def test_an_edit_costs_little_more_than_twice_what_lies_behind_it(tokens, message, data):
+@given(st.integers(1, 200_000), st.integers(20, 200))
+def test_an_edit_costs_little_more_than_twice_what_lies_behind_it(tokens, message):
     ends, last = list(range(message, tokens, message)), tokens - 1
     chosen = places(tokens, ends, start=0, known=0)
-    edit = data.draw(st.integers(0, last))
-    goes_on = max((place for place in chosen if place <= edit), default=0)
-    assert last - goes_on <= 2 * max(last - edit, BACK) + message + APART
+    for edit in range(0, tokens, 1 + tokens // 100):
+        goes_on = max((place for place in chosen if place <= edit), default=0)
+        assert last - goes_on <= 2 * max(last - edit, BACK) + message + APART
 
 
 @given(st.integers(1, 300_000), st.data())
