@@ -5,8 +5,8 @@ The prompt with the fewest tokens left goes first, and one that others overtake 
 that is read for somebody else it counts a token less, so that a long one waits for about as much
 work as it is itself, and no longer.
 
-While sequences decode, reading has `gap` seconds at a time, for a long prompt's chunk or for several
-short prompts; when they are used up, the sequences get as much time.
+While sequences decode, reading has `gap` seconds at a time, for a long prompt's chunk or for
+several short prompts; when they are used up, the sequences get as much time.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class Scheduler:
             self._pace = (self._pace + pace) / 2 if self._pace else pace
         if self._decoding:
             self._credit -= seconds
-            self._spent = self._spent or self._credit < SMALLEST_CHUNK * self._pace
+            self._spent = self._spent or self._credit < self.gap / 4
         for other in (*self._queue.values(), *self._reading.values()):
             if other is not waiter:
                 other.waited += tokens
