@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -10,6 +11,14 @@ from tqstack.openai_api.errors import ApiError
 
 # The request itself is at fault: another backend would say the same.
 _CLIENTS_FAULT = frozenset({400, 405, 406, 409, 411, 413, 415, 422})
+# What a backend in good health refuses, also once its stream has begun; the status of each.
+_REFUSALS = {
+    "context_length_exceeded": 400,
+    "insufficient_memory": 503,
+    "model_not_ready": 503,
+    "no_model": 503,
+    "queue_full": 429,
+}
 
 
 class Failure(Exception):
@@ -48,9 +57,10 @@ def too_long(backend: str, model: str, context: int) -> Failure:
     return Failure("context", error, sick=False)
 
 
-def refusal(backend: str, status: int, retry_after: str | None, body: bytes) -> Failure:
+def refusal(backend: str, status: int, headers: Mapping[str, str], body: bytes) -> Failure:
     """A failure from an answer with an error status."""
-    error = _envelope(backend, status, body)
+    error, retry_after = _envelope(backend, status, body), headers.get("retry-after")
+    error.retry = headers.get("x-should-retry") != "false"
     if retry_after and retry_after.isdigit():
         error.retry_after = int(retry_after)
     too_long = error.code == "context_length_exceeded"
@@ -61,8 +71,12 @@ def refusal(backend: str, status: int, retry_after: str | None, body: bytes) -> 
 
 
 def from_error_event(backend: str, value: Any) -> Failure:
-    error = _from_value(backend, 502, value)
-    return Failure("error-event", error)
+    """A failure from an error in place of an answer, or in the middle of one."""
+    code = value.get("code") if isinstance(value, dict) else None
+    status = _REFUSALS.get(code) if isinstance(code, str) else None
+    error = _from_value(backend, status or 502, value)
+    error.retry = code != "insufficient_memory"
+    return Failure("error-event", error, sick=status is None)
 
 
 def _envelope(backend: str, status: int, body: bytes) -> ApiError:

@@ -100,8 +100,7 @@ class Relay:
         body = bytearray()
         while len(body) < _LARGEST_ERROR and (chunk := await answer.read(_REFUSAL_SECONDS)):
             body += chunk
-        retry_after = answer.headers.get("retry-after")
-        return failures.refusal(self._name, answer.status, retry_after, bytes(body))
+        return failures.refusal(self._name, answer.status, answer.headers, bytes(body))
 
     # Streams.
 

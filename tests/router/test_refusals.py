@@ -1,0 +1,47 @@
+"""A backend that refuses is in good health, and its refusal reaches the client as it was meant."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from router.scripted import SSE, Wire, answers, says
+from router.stack import Stack
+
+FULL = {"error": {"message": "it does not fit in memory", "code": "insufficient_memory"}}
+BODY = json.dumps(FULL).encode()
+
+
+async def refuses_late(wire: Wire) -> None:
+    """With an error event, after the headers of a stream."""
+    await wire.raw(SSE)
+    await wire.chunk(b": prefill 0/900\n\ndata: " + BODY + b"\n\n")
+    await wire.end()
+
+
+@pytest.mark.parametrize(
+    "script", [answers(503, BODY, **{"x_should_retry": "false"}), refuses_late], ids=["503", "200"]
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_a_full_memory_is_a_503_and_no_illness(script, path):
+    with Stack(ollama=False) as stack:
+        stack.sidecar.script = script
+        messages = [{"role": "user", "content": "hi"}]
+        body = {"messages": messages, "input": "hi", "max_tokens": 5, "stream": True}
+        for _ in range(4):
+            response = stack.http.post(path, json=body)
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "insufficient_memory"
+            assert response.headers["x-should-retry"] == "false"
+        assert stack.http.get("/health").json()["sidecar_available"] is True
+        stack.sidecar.script = says("fine")
+        assert stack.http.post(path, json=body).status_code == 200
+
+
+def test_another_backend_may_still_hold_it():
+    with Stack() as stack:
+        stack.sidecar.script = refuses_late
+        response = stack.chat(model="tq:", stream=True)
+        assert response.headers["x-tqstack-fallback-from"] == "sidecar"
+        assert "ollama" in response.text
