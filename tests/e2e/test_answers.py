@@ -157,6 +157,8 @@ BAD_REQUESTS = [
 @pytest.mark.parametrize("body, param", BAD_REQUESTS)
 def test_bad_input_is_a_400_in_the_openai_envelope(stack, service, body, param):
     url = f"{getattr(stack, service)}/v1/chat/completions"
+    if service == "router":  # which lets the backend judge what is the backend's
+        body = {"model": "tq:", **body}
     response = httpx.post(url, json=body, timeout=30)
     assert response.status_code == 400
     error = response.json()["error"]

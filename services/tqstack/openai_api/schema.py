@@ -19,11 +19,16 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
-class _Request(BaseModel):
+class Passing(BaseModel):
+    """What the router needs of a request that it passes on; the backend judges the rest."""
+
     model_config = ConfigDict(extra="allow")
 
     model: Annotated[str, Field(strict=True)] = ""
     stream: Flag | None = False
+
+
+class _Request(Passing):
     stream_options: dict[str, Any] | None = None
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2, strict=True, allow_inf_nan=False)] | None = None
@@ -91,13 +96,25 @@ class TextRequest(_Request):
         return self.max_tokens
 
 
-class EmbeddingRequest(_Request):
+Text = Annotated[str, Field(min_length=1)]
+NonEmpty = Annotated[list[Any], Field(min_length=1)]
+
+
+class PassingChat(Passing):
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
+class PassingText(Passing):
+    prompt: Text | NonEmpty
+
+
+class EmbeddingRequest(Passing):
     """`POST /v1/embeddings`. An input is a text or tokens, or a list of those."""
 
-    input: Annotated[str, Field(min_length=1)] | Annotated[list[Any], Field(min_length=1)]
+    input: Text | NonEmpty
 
 
-RequestType = TypeVar("RequestType", bound=_Request)
+RequestType = TypeVar("RequestType", bound=Passing)
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from tqstack.openai_api.errors import ApiError
 from tqstack.openai_api.guard import Guard, cors_headers, preflight
 from tqstack.openai_api.handlers import add_error_handlers
-from tqstack.openai_api.schema import ChatRequest, EmbeddingRequest, TextRequest
+from tqstack.openai_api.schema import ChatRequest, EmbeddingRequest, PassingChat, PassingText
 from tqstack.router import views
 from tqstack.router.backends import Backend
 from tqstack.router.client import Client
@@ -30,8 +30,8 @@ from tqstack.settings import Settings
 
 # The paths that go to a backend, and what their bodies must look like.
 FORWARDED = [
-    Endpoint("/v1/chat/completions", ChatRequest),
-    Endpoint("/v1/completions", TextRequest),
+    Endpoint("/v1/chat/completions", PassingChat),
+    Endpoint("/v1/completions", PassingText),
     Endpoint("/v1/embeddings", EmbeddingRequest, needs=frozenset({"embeddings"})),
     Endpoint("/v1/responses", ChatRequest, Responses()),
     Endpoint("/v1/messages", ChatRequest, Messages()),

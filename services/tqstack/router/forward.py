@@ -13,13 +13,7 @@ import orjson
 
 from tqstack.openai_api.body import ClientGone, read_body
 from tqstack.openai_api.errors import ApiError
-from tqstack.openai_api.schema import (
-    ChatRequest,
-    EmbeddingRequest,
-    TextRequest,
-    parse_json,
-    validate,
-)
+from tqstack.openai_api.schema import Passing, parse_json, validate
 from tqstack.router.backends import Backend
 from tqstack.router.client import Client
 from tqstack.router.dialects import Dialect
@@ -69,7 +63,7 @@ class Endpoint(NamedTuple):
     """
 
     path: str
-    schema: type[ChatRequest | TextRequest | EmbeddingRequest]
+    schema: type[Passing]
     dialect: Dialect | None = None
     needs: frozenset[str] = frozenset()
     counts: bool = False

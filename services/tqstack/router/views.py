@@ -69,6 +69,7 @@ def _summary(services: Services) -> dict:
     setting = services.settings.prompt_token_threshold
     return {
         "status": "ok" if alive else "error",
+        "sidecar_available": backends["sidecar"]["state"] == "up",
         "threshold": threshold_for(setting, services.backends["sidecar"].architecture),
         "running": len(services.journal.running),
         "backends": backends,
