@@ -22,7 +22,8 @@ from tqstack.service.definition import (
     write,
 )
 
-TEMPLATES = Path(tqstack.__file__).parents[2] / "launchagents"
+_PACKAGED = Path(tqstack.__file__).with_name("launchagents")  # in a wheel
+TEMPLATES = _PACKAGED if _PACKAGED.is_dir() else Path(tqstack.__file__).parents[2] / "launchagents"
 NOT_LOADED = (3, 113)  # exit codes of bootout and of print
 # A service that was booted out is still going away for some seconds; bootstrap then answers 5.
 BUSY = (5, 37)
