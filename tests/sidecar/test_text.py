@@ -10,9 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 from mlx_lm.tool_parsers import json_tools, qwen3_coder
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence, Strip
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tqstack import demo_model
+from tqstack.sidecar.detokenizer import ByteText, text_stream
 from tqstack.sidecar.text import AnswerReader, Content, Reasoning, StopStrings, ToolCall
 
 WEATHER = [
@@ -60,13 +64,36 @@ def read(text, tokenizer=JSON_TOOLS, tools=WEATHER, **options):
     return joined
 
 
-# mlx-lm's byte-level detokenizer garbles control characters; that is not ours to test.
 @settings(deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cc", "Cs"], include_characters="\n\t")))
+@given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_plain_text_comes_back_unchanged(text):
     # The tokenizer normalises: some characters are another way to write others.
     wanted = unicodedata.normalize("NFC", text)
     assert "".join(part.text for part in read(text, plain=True)) == wanted
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 8191), max_size=40))
+def test_any_tokens_give_the_text_that_their_bytes_are(tokens):
+    reader = AnswerReader(JSON_TOOLS, plain=True)
+    parts = [part for token in tokens for part in reader.feed(token)] + reader.finish()
+    pieces = [ByteText(JSON_TOOLS, sentencepiece=False).bytes_of(token) for token in tokens]
+    wanted = b"".join(pieces).decode("utf-8", "replace")
+    assert "".join(part.text for part in parts) == wanted
+    assert wanted == JSON_TOOLS.decode(tokens, clean_up_tokenization_spaces=False)
+
+
+def test_spaces_at_the_beginning_are_kept():
+    assert read("    return 1", plain=True) == [Content("    return 1")]
+    assert read(" x") == [Content(" x")]
+
+
+def test_pieces_of_sentencepiece_are_bytes_too():
+    words = {"<unk>": 0, "▁": 1, "▁de": 2, "f": 3, "<0xC3>": 4, "<0xA9>": 5, "▁▁▁▁": 6}
+    plain = Tokenizer(BPE(vocab=words, merges=[], unk_token="<unk>", byte_fallback=True))
+    plain.decoder = Sequence([Replace("▁", " "), ByteFallback(), Fuse(), Strip(" ", 1, 0)])
+    text = text_stream(TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=plain)))
+    assert "".join(map(text.feed, [6, 2, 3, 1, 4, 5])) + text.finish() == "     def é"
 
 
 @pytest.mark.parametrize("tokenizer, call", [(JSON_TOOLS, JSON_CALL), (XML_TOOLS, XML_CALL)])
@@ -103,6 +130,18 @@ def test_without_tools_a_call_is_text():
 def test_a_stop_string_ends_the_content_but_does_not_count_in_reasoning():
     parts = read("<think>one STOP two</think>three STOP four", stops=["STOP"])
     assert parts == [Reasoning("one STOP two"), Content("three ")]
+
+
+def test_a_stop_string_can_be_shown_and_is_told():
+    reader = AnswerReader(JSON_TOOLS, ["STOP"], show_stop=True)
+    parts = [p for t in JSON_TOOLS.encode("one STOP two") for p in reader.feed(t)]
+    assert "".join(part.text for part in parts) == "one STOP"
+    assert reader.stopped and reader.stop_string == "STOP"
+
+
+def test_an_answer_of_one_call_ends_with_it():
+    parts = read(f"{JSON_CALL}\n{JSON_CALL}\nand more", one_call=True)
+    assert [type(part) for part in parts] == [ToolCall]
 
 
 @given(st.lists(st.text(alphabet="abc", max_size=4)), st.lists(st.text(alphabet="abc", max_size=3)))

@@ -14,6 +14,8 @@ from typing import Any
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from tqstack.sidecar.detokenizer import text_stream
+
 
 @dataclass
 class Content:
@@ -36,22 +38,35 @@ Part = Content | Reasoning | ToolCall
 
 
 class StopStrings:
-    """Finds the first stop string in text that comes in pieces; holds back what may become one."""
+    """Finds the first stop string in text that comes in pieces; holds back what may become one.
 
-    def __init__(self, stops: Iterable[str]):
+    Args:
+        shown: the stop string itself is part of the text.
+
+    Attributes:
+        found: the one that ended the text.
+    """
+
+    def __init__(self, stops: Iterable[str], shown: bool = False):
         self._stops = [stop for stop in stops if stop]
+        self._shown = shown
         self._held = ""
-        self.hit = False
+        self.found: str | None = None
+
+    @property
+    def hit(self) -> bool:
+        return self.found is not None
 
     def feed(self, text: str) -> str:
         """Text that is safe to show. After a hit nothing is."""
         if self.hit or not self._stops:
             return "" if self.hit else text
         text = self._held + text
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            self.hit, self._held = True, ""
-            return text[: min(found)]
+            at, self.found = min(found)
+            self._held = ""
+            return text[: at + len(self.found) if self._shown else at]
         keep = max(self._partial(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -76,6 +91,9 @@ class AnswerReader:
         stops: stop strings of the request; they end the content and are not shown.
         tools: the request's tools; without any, text that looks like a call stays text.
         reasoning: whether the prompt's end has opened a reasoning block already.
+        plain: text only; no reasoning, no calls.
+        show_stop: the stop string is part of the content.
+        one_call: the answer ends with its first call.
     """
 
     def __init__(
@@ -85,8 +103,11 @@ class AnswerReader:
         tools: list[dict[str, Any]] | None = None,
         reasoning: bool = False,
         plain: bool = False,
+        show_stop: bool = False,
+        one_call: bool = False,
     ):
-        self._detokenizer = tokenizer.detokenizer
+        self._text = text_stream(tokenizer)
+        self._one_call = one_call
         self._tools = tools
         self._parse = tokenizer.tool_parser
         self._markers = (tokenizer.tool_call_start or "", tokenizer.tool_call_end or "")
@@ -94,23 +115,25 @@ class AnswerReader:
         start = tokenizer.response_initial_state or ("reasoning" if reasoning else "normal")
         self._state = machine.make_state("normal" if plain else start)
         self._mode = self._state[0]
-        self._stop = StopStrings(stops)
+        self._stop = StopStrings(stops, show_stop)
         self._call = ""
         self.tool_calls = 0
 
     @property
     def stopped(self) -> bool:
-        """A stop string was found: the answer is complete."""
-        return self._stop.hit
+        """The answer is complete: a stop string was found, or the one call that was wanted."""
+        return self._stop.hit or (self._one_call and self.tool_calls > 0)
+
+    @property
+    def stop_string(self) -> str | None:
+        return self._stop.found
 
     def feed(self, token: int) -> list[Part]:
-        self._detokenizer.add_token(token)
-        return self._split(self._detokenizer.last_segment)
+        return self._split(self._text.feed(token))
 
     def finish(self) -> list[Part]:
         """Everything that was held back."""
-        self._detokenizer.finalize()
-        parts = self._split(self._detokenizer.last_segment)
+        parts = self._split(self._text.finish())
         self._state, rest, _ = TextStateMachine.flush(self._state)
         parts += self._take(self._mode, rest)
         if self._mode == "tool":
@@ -135,8 +158,10 @@ class AnswerReader:
         if mode == "tool":
             self._call += text
             return []
+        if self.stopped:
+            return []
         if mode == "reasoning":
-            return [Reasoning(text)] if text and not self.stopped else []
+            return [Reasoning(text)] if text else []
         shown = self._stop.feed(text)
         return [Content(shown)] if shown else []
 
@@ -146,6 +171,7 @@ class AnswerReader:
         if self.stopped:
             return []
         if calls:
+            calls = calls[:1] if self._one_call else calls
             self.tool_calls += len(calls)
             return list(calls)
         start, end = self._markers
