@@ -19,7 +19,7 @@ def logits(worker, tokens):
     """The logits behind a prompt, from what is kept of it."""
     prefixes = worker._prefixes
     source = prefixes.find(tokens)
-    cache, used = prefixes.open(tokens, source)
+    cache, used = prefixes.open(source)
     out = worker.runtime.model(mx.array(tokens[used:])[None], cache=cache)[0, -1]
     mx.eval(out)
     return out, used

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
@@ -186,6 +186,13 @@ class Pool:
                 if slabs:
                     slabs.pop()
         return before - self.nbytes
+
+    def without(self, gone: Mapping[int, int]) -> tuple[int, int]:
+        """What would be left if blocks were held so many times less: (blocks in use, blocks that
+        there would be memory for, after `shrink`)."""
+        stay = [block for block, count in self._holders.items() if count > gone.get(block, 0)]
+        slabs = max((block >> ROW_BITS for block in stay), default=-1) + 1
+        return len(stay), sum(self._sizes[:slabs])
 
     def _grow(self, missing: int) -> None:
         late = len(self._sizes) >= LATE_SLAB

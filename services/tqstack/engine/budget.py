@@ -158,7 +158,10 @@ class Budget:
         self._promises.pop(job, None)
 
     def room_for(self, nbytes: int, kept: set[Node]) -> bool:
-        """Make room for a checkpoint's state; prefixes make it, but not `kept`."""
+        """Make room for a checkpoint's state; prefixes make it, but not `kept`. False: they cannot,
+        and none was evicted."""
+        if self._without(list(self._promises.values()), self._due(), kept) + nbytes > self.limit:
+            return False
         while self.committed + nbytes > self.limit:
             if self._pool is not None and self._pool.shrink(self._due()):
                 continue
@@ -180,14 +183,17 @@ class Budget:
 
     def _could(self, promise: Promise, wish: Wish, kept: set[Node]) -> bool:
         """Whether there would be room without any prefix but `kept`."""
-        promises = [*self._promises.values(), promise]
-        states, blocks = self._store.only_here(kept)
-        used = 0
+        due = self._due() + promise.blocks - self._shared(wish)
+        return self._without([*self._promises.values(), promise], due, kept) <= self.limit
+
+    def _without(self, promises: list[Promise], due: int, kept: set[Node]) -> int:
+        """Bytes that would be held and promised if all prefixes but `kept` were evicted."""
+        states, gone = self._store.without(kept)
+        blocks = 0
         if self._pool is not None:
-            used = self._pool.blocks_used - blocks + self._due()
-            used += promise.blocks - self._shared(wish)
-        held = self._store.state_bytes - states
-        return self._fixed(promises) + held + used * self._costs.block <= self.limit
+            used, capacity = self._pool.without(gone)
+            blocks = max(capacity, used + due)
+        return self._fixed(promises) + states + blocks * self._costs.block
 
     def _makes_room(self, promise: Promise, wish: Wish, kept: set[Node]) -> bool:
         pool, promises = self._pool, [*self._promises.values(), promise]
@@ -196,9 +202,11 @@ class Budget:
             total = self._total(promises, due)
             if total <= self.limit and (pool is None or self._grown(pool, due, total)):
                 return True
-            if pool is not None and pool.shrink(due):
+            if pool is not None and pool.shrink():  # and grows again by just what is due
                 continue
             if not self._store.evict(kept):
+                if pool is not None:  # what others were promised is there again
+                    self._grown(pool, self._due(), self.committed)
                 return False
 
     def _grown(self, pool: Pool, due: int, total: int) -> bool:

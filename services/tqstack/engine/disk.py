@@ -65,8 +65,7 @@ class DiskStore:
         os.chmod(folder, 0o700)
         self._files: dict[str, File] = {}
         self._lock = threading.Lock()
-        self._queue: queue.SimpleQueue[tuple[File, dict[str, Any], dict[str, Any]] | None]
-        self._queue = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.in_flight = 0  # bytes that wait to be written
         self.written = self.read_back = self.rejected = 0
         for path in folder.glob("*" + SUFFIX):
@@ -180,6 +179,12 @@ class DiskStore:
         self._queue.put((file, arrays, about))
         return True
 
+    def flush(self) -> None:
+        """Wait until all is written."""
+        written = threading.Event()
+        self._queue.put(written)
+        written.wait()
+
     def close(self) -> None:
         """Write what waits, and end the thread."""
         self._queue.put(None)
@@ -187,6 +192,9 @@ class DiskStore:
 
     def _write_behind(self) -> None:
         while (item := self._queue.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
             file, arrays, about = item
             try:
                 self._write(file, arrays, about)

@@ -59,15 +59,15 @@ class Prefixes:
 
     def find(self, tokens: Tokens) -> Source:
         match = self.store.match(tokens)
-        files = tuple(self.disk.longest(tokens)) if self.disk else ()
+        files = tuple(self.disk.longest(tokens)) if self.disk is not None else ()
         if files and files[-1].length >= match.usable + WORTH_READING:
             return Source(max(match.known, files[-1].length), files=files)
         return Source(match.known, match.node, evicted=match.evicted)
 
-    def open(self, tokens: Tokens, source: Source) -> tuple[Cache, int]:
+    def open(self, source: Source) -> tuple[Cache, int]:
         """The cache to go on with, and how many of the tokens it holds."""
         files = source.files
-        while files and self.disk:
+        while files and self.disk is not None:
             cache = self._new_cache()
             bad = self._read(cache, files)
             if bad is None:
@@ -136,18 +136,24 @@ class Prefixes:
         checkpoint.on_disk = True
         return True
 
-    def write_one(self) -> bool:
-        """While nothing else is to be done: write a checkpoint that is not on disk, short ones
-        first, so that longer ones hold only what lies behind them. False: all are."""
-        if self.disk is None:
-            return False
-        new = [node for node in self.store.nodes() if not node.checkpoint.on_disk]
-        return bool(new) and self.to_disk(min(new, key=lambda node: node.end))
+    def bytes_to_write(self, node: Node) -> int:
+        """Bytes of a checkpoint's copy on its way to the disk, at most."""
+        if self.disk is None or node.checkpoint.on_disk:
+            return 0
+        return node.checkpoint.state_bytes + self.store.block_bytes * len(node.checkpoint.blocks)
+
+    def unwritten(self) -> Node | None:
+        """A checkpoint that is not on disk; short ones come first, so that longer ones hold only
+        what lies behind them."""
+        nodes = self.store.nodes() if self.disk is not None else []
+        new = [node for node in nodes if not node.checkpoint.on_disk]
+        return min(new, key=lambda node: node.end, default=None)
 
     def close(self) -> None:
         """Write what can be, and forget all."""
-        while self.write_one():
-            pass
-        if self.disk:
+        while (node := self.unwritten()) is not None:
+            if not self.to_disk(node) and self.disk is not None:
+                self.disk.flush()
+        if self.disk is not None:
             self.disk.close()
         self.store.clear()

@@ -2,8 +2,8 @@
 
 Prompts are read one at a time, in chunks; all sequences that are read to their end decode together.
 The prompt with the fewest tokens left goes first, and one that others overtake ages: for each token
-that is read for somebody else it counts a token less, so that a long one waits for about as much
-work as it is itself, and no longer.
+that is read for somebody else it counts a token less, and for each job that is admitted some more,
+so that a long one waits for about as much work as it is itself, and no longer.
 
 While sequences decode, reading has `gap` seconds at a time, for a long prompt's chunk or for
 several short prompts; when they are used up, the sequences get as much time.
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 SMALLEST_CHUNK = 32  # a step of fewer tokens costs as much
+ADMISSION = 256  # tokens by which one job more makes those age that were there before
 FIRST_CHUNK = 128  # beside others, before anything is known of this machine's speed
 
 
@@ -52,7 +53,7 @@ class Waiter:
     Attributes:
         tokens: of its prompt.
         read: of those, how many need not be read any more; a guess until it is admitted.
-        waited: tokens that were read for others meanwhile.
+        waited: tokens that were read for others meanwhile, and what admissions count for.
     """
 
     job: int
@@ -138,7 +139,8 @@ class Scheduler:
     def next(self) -> Step:
         refused = self._admit()
         read = None
-        waiter = min(self._reading.values(), key=_rank, default=None)
+        # What need not be read is in nobody's way.
+        waiter = min(self._reading.values(), key=lambda w: (w.left > 0, w.rank), default=None)
         if waiter and (not self._spent or waiter.left * self._pace <= self._credit):
             read = waiter.job, self._chunk(waiter)
         return Step(refused, read, bool(self._decoding))
@@ -149,11 +151,15 @@ class Scheduler:
         refused: list[int] = []
         ahead = min((w.rank for w in self._reading.values()), default=None)
         for waiter in sorted(self._queue.values(), key=_rank):
-            if self.runs >= self.running or (ahead is not None and waiter.rank >= ahead):
+            if self.runs >= self.running:
                 break
+            if ahead is not None and waiter.rank >= ahead and waiter.left:
+                continue
             if admission := self.memory.admit(waiter.job):
                 waiter.chunk, waiter.read = admission.chunk, admission.read
                 waiter.stops = admission.stops
+                for earlier in (*self._queue.values(), *self._reading.values()):
+                    earlier.waited += ADMISSION
                 self._reading[waiter.job] = self._queue.pop(waiter.job)
                 break
             if not self.runs:  # nothing will make more room than there is now

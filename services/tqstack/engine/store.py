@@ -51,7 +51,7 @@ class PrefixStore:
         self,
         pool: Pool | None,
         limit: int,
-        evicted: Callable[[Node], None] = lambda node: None,
+        evicted: Callable[[Node], object] = lambda node: None,
     ):
         self._pool, self.limit, self._evicted = pool, limit, evicted
         self._tree = PrefixTree(self._gives_back)
@@ -65,23 +65,20 @@ class PrefixStore:
     @property
     def nbytes(self) -> int:
         """Bytes of the checkpoints, blocks that running sequences share included."""
-        return self.state_bytes + len(self._holders) * self._block_bytes
+        return self.state_bytes + len(self._holders) * self.block_bytes
 
     @property
-    def _block_bytes(self) -> int:
+    def block_bytes(self) -> int:
         return self._pool.block_bytes if self._pool else 0
 
-    def only_here(self, kept: Iterable[Node] = ()) -> tuple[int, int]:
-        """(bytes of states, blocks) that evicting all checkpoints but `kept` would give back."""
-        kept = [node.checkpoint for node in kept]
-        needed = {block for checkpoint in kept for block in checkpoint.blocks}
-        pool = self._pool
-        blocks = sum(
-            1
-            for block, count in self._holders.items()
-            if block not in needed and pool is not None and pool.holders(block) == count
-        )
-        return self.state_bytes - sum(c.state_bytes for c in kept), blocks
+    def without(self, kept: Iterable[Node]) -> tuple[int, Counter[int]]:
+        """(bytes of states that would stay, how many times less each block would be held) if all
+        checkpoints but `kept` were evicted."""
+        states, gone = 0, self._holders.copy()
+        for node in kept:
+            states += node.checkpoint.state_bytes
+            gone.subtract(node.checkpoint.blocks)
+        return states, gone
 
     def match(self, tokens: Tokens) -> Match:
         """Where a prompt can go on from; its last token is always read."""
@@ -101,6 +98,9 @@ class PrefixStore:
 
     def insert(self, tokens: Tokens, checkpoint: Checkpoint, kept: set[Node]) -> Node | None:
         """Keep a checkpoint, as far as the limit allows; less useful ones make room, not `kept`."""
+        old = self._tree.match(tokens).node
+        if old is not None and old.end == len(tokens):
+            self._drop(old)
         node = self._tree.insert(tokens, checkpoint)
         self._holders.update(checkpoint.blocks)
         self.state_bytes += checkpoint.state_bytes
@@ -120,11 +120,14 @@ class PrefixStore:
 
     def _evict(self, node: Node) -> None:
         self._evicted(node)
+        self._drop(node)
+        self.evictions += 1
+
+    def _drop(self, node: Node) -> None:
         checkpoint = self._tree.evict(node)
         self._holders.subtract(checkpoint.blocks)
         self._holders = +self._holders
         self.state_bytes -= checkpoint.state_bytes
-        self.evictions += 1
 
     def clear(self) -> None:
         while self.evict(set()):
@@ -136,4 +139,4 @@ class PrefixStore:
 
     def _gives_back(self, checkpoint: Checkpoint) -> int:
         own = sum(1 for block in checkpoint.blocks if self._holders[block] <= 1)
-        return checkpoint.state_bytes + own * self._block_bytes
+        return checkpoint.state_bytes + own * self.block_bytes

@@ -7,16 +7,17 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from tqstack.attention.pool import Pool
 from tqstack.engine import caches
 from tqstack.engine.budget import Budget, Costs, Wish
 from tqstack.engine.disk import DiskStore
 from tqstack.engine.jobs import Event, Failed, Job, JobError, Progress, Removed, Token
+from tqstack.engine.meter import Meter, Tracked
 from tqstack.engine.places import APART, places
 from tqstack.engine.prefix import Node
 from tqstack.engine.prefixes import NOTHING, Prefixes, Source
@@ -29,19 +30,6 @@ log = logging.getLogger(__name__)
 
 MEASURE_SECONDS = 0.5  # between two looks at what is held, while jobs run
 TOTALS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
-
-
-@dataclass(eq=False)
-class Tracked:
-    """A job, whom to tell, and how far it is. Times are of `time.perf_counter`."""
-
-    job: Job
-    deliver: Callable[[Event], None]
-    running: Running | None = None  # None: it waits
-    cached: int = 0
-    kept: int = 0  # tokens up to its last checkpoint
-    started: float = 0.0
-    first_token: float = 0.0
 
 
 class Worker:
@@ -75,9 +63,10 @@ class Worker:
             self._pool,
             store,
             self._blocks_held,
-            lambda: disk.in_flight if disk else 0,
+            lambda: disk.in_flight if disk is not None else 0,
         )
         self._scheduler = Scheduler(self, runtime.batch_size, queue, gap)
+        self._meter = Meter(runtime.plan, self._model, self._pool, self._budget, self._prefixes)
         self._measure()
 
     def _new_pool(self) -> Pool | None:
@@ -114,8 +103,10 @@ class Worker:
 
     def submit(self, job: Job, deliver: Callable[[Event], None]) -> None:
         """Take a job in, or tell at once why not."""
-        tracked = self._tracked[job.id] = Tracked(job, deliver)
-        found = self._prefixes.find(job.tokens).usable if job.cache_prompt else 0
+        tracked = self._tracked[job.id] = Tracked(
+            job, deliver, np.asarray(job.tokens, dtype=np.int32)
+        )
+        found = self._prefixes.find(tracked.ids).usable if job.cache_prompt else 0
         refusal = self._scheduler.submit(Waiter(job.id, job.prompt_tokens - 1, read=found))
         if refusal:
             self._fail([tracked], self._refusal(job, refusal))
@@ -128,7 +119,7 @@ class Worker:
         stats: dict[str, Any] = {}
         if tracked.running is not None:
             self._keep(tracked)
-            stats = self._stats(tracked)
+            stats = self._meter.stats(tracked)
         self._forget([tracked])
         tracked.deliver(Removed(stats))
 
@@ -182,7 +173,8 @@ class Worker:
 
     def rest(self) -> None:
         """Something useful while nobody waits."""
-        self.resting = self._prefixes.write_one()
+        node = self._prefixes.unwritten()
+        self.resting = node is not None and self._give_up(node)
 
     def _read(self, tracked: Tracked, count: int) -> None:
         running, began = tracked.running, time.perf_counter()
@@ -227,7 +219,7 @@ class Worker:
                 tracked.deliver(Token(token))
             else:
                 self._keep(tracked)
-                ended.append((tracked, Token(token, reason, self._stats(tracked))))
+                ended.append((tracked, Token(token, reason, self._meter.stats(tracked))))
         self._forget([tracked for tracked, _ in ended])
         for tracked, last in ended:
             tracked.deliver(last)
@@ -244,7 +236,7 @@ class Worker:
 
     def admit(self, job: int) -> Admission | None:
         tracked = self._tracked[job]
-        found = self._prefixes.find(tracked.job.tokens) if tracked.job.cache_prompt else NOTHING
+        found = self._prefixes.find(tracked.ids) if tracked.job.cache_prompt else NOTHING
         for source, kept in self._choices(found):
             wish = Wish(tracked.job.longest, source.node)
             if chunk := self._budget.admit(job, wish, kept):
@@ -257,19 +249,21 @@ class Worker:
         own = {found.node} if found.node else set()
         yield found, own | self._wanted()
         if not self._scheduler.runs:
+            if (disk := self._prefixes.disk) is not None and disk.in_flight:
+                disk.flush()
             yield found, own
             yield NOTHING, set()
 
     def _wanted(self) -> set[Node]:
         """Checkpoints that waiting jobs will go on from."""
-        waiting = (t.job for t in self._tracked.values() if t.running is None)
-        nodes = {self._prefixes.store.match(j.tokens).node for j in waiting if j.cache_prompt}
+        waiting = [t for t in self._tracked.values() if t.running is None and t.job.cache_prompt]
+        nodes = {self._prefixes.store.match(t.ids).node for t in waiting}
         return {node for node in nodes if node is not None}
 
     def _begin(self, tracked: Tracked, source: Source, chunk: int) -> Admission:
         job = tracked.job
         tracked.started = time.perf_counter()
-        cache, used = self._prefixes.open(job.tokens, source)
+        cache, used = self._prefixes.open(source)
         tracked.running = Running(job, cache, list(job.tokens[:used]))
         tracked.cached = tracked.kept = used
         self.totals["requests"] += 1
@@ -302,9 +296,10 @@ class Worker:
             tracked.kept = len(tokens)
             self.resting = self._prefixes.disk is not None
 
-    def _give_up(self, node: Node) -> None:
-        """A checkpoint leaves memory: the disk may have it."""
-        self._prefixes.to_disk(node)
+    def _give_up(self, node: Node) -> bool:
+        """The disk may have a checkpoint, if the copy on its way there fits. Whether it took it."""
+        size = self._prefixes.bytes_to_write(node)
+        return self._budget.committed + size <= self._budget.limit and self._prefixes.to_disk(node)
 
     def _blocks_held(self, job: int) -> int:
         tracked = self._tracked.get(job)
@@ -312,26 +307,6 @@ class Worker:
         return len(self._model.blocks_of(running)) if running else 0
 
     # -- what is told --------------------------------------------------------------------------
-
-    def memory(self) -> dict[str, Any]:
-        """Bytes: the budget, and what is really held of it."""
-        disk, pool = self._prefixes.disk, self._pool
-        parts = {
-            "weights": self.runtime.plan.weights,
-            "pool": pool.nbytes if pool else 0,
-            "sequences": self._model.nbytes
-            + sum(
-                caches.state_bytes(t.running.cache)
-                for t in self._tracked.values()
-                if t.running is not None and t.running.cache is not None
-            ),
-            "checkpoints": self._prefixes.store.state_bytes,
-            "in_flight": disk.in_flight if disk else 0,
-            "workspace": self._budget.workspace(),
-        }
-        committed = self._budget.committed
-        held = sum(parts.values())
-        return {"budget": self._budget.limit, "held": held, "committed": committed, "parts": parts}
 
     def status(self) -> dict[str, Any]:
         """What `/health` tells about work and memory; any thread may ask. Bytes are those of the
@@ -350,45 +325,10 @@ class Worker:
             "last_step_at": self.last_step_at,
         }
 
+    def memory(self) -> dict[str, Any]:
+        """Bytes of the budget and its parts, now; in the engine's thread alone."""
+        return self._meter.memory(self._tracked.values())
+
     def _measure(self) -> None:
-        """Look at what is held: it takes too long for every token."""
-        running = [t.running for t in self._tracked.values() if t.running is not None]
-        tokens = sum(len(one.tokens) for one in running)
-        store, disk = self._prefixes.store, self._prefixes.disk
         self._measured_at = time.monotonic()
-        self._measured = {
-            "cache": {
-                "bytes": sum(self._kv_bytes(one) for one in running),
-                "bytes_fp16": tokens * self.runtime.plan.per_token_fp16,
-            },
-            "memory": self.memory(),
-            "prefixes": {
-                "checkpoints": len(store),
-                "bytes": store.nbytes,
-                "evictions": store.evictions,
-                "misses": dict(self._prefixes.misses),
-                "disk": disk.as_dict() if disk else None,
-            },
-        }
-
-    def _kv_bytes(self, running: Running) -> int:
-        if self._pool is None:
-            return len(running.tokens) * self.runtime.plan.per_token
-        blocks = len(self._model.blocks_of(running)) * self._pool.block_bytes
-        return blocks + self._model.tail_bytes(running)
-
-    def _stats(self, tracked: Tracked) -> dict[str, Any]:
-        """Speed and bytes of a sequence that ends, measured on the cache that it really had."""
-        running, now = tracked.running, time.perf_counter()
-        assert running is not None
-        fresh, generated = len(running.tokens) - tracked.cached, running.generated
-        first = tracked.first_token or now
-        return {
-            "prefill_tokens_per_second": round((fresh - generated) / (first - tracked.started), 1),
-            "decode_tokens_per_second": round((generated - 1) / (now - first), 1)
-            if generated > 1 and now > first
-            else None,
-            "cache_tokens": len(running.tokens),
-            "cache_bytes": self._kv_bytes(running),
-            "cache_bytes_fp16": len(running.tokens) * self.runtime.plan.per_token_fp16,
-        }
+        self._measured = self._meter.measure(self._tracked.values())
