@@ -26,7 +26,7 @@ HELLO = [{"role": "user", "content": "hello"}]
         ({"messages": HELLO, "stream": "yes"}, "stream"),
         ({"messages": HELLO, "tools": "none"}, "tools"),
         ({"messages": HELLO, "model": 7}, "model"),
-        ({"messages": HELLO, "n": 3}, "n"),
+        ({"messages": HELLO, "n": 0}, "n"),
     ],
 )
 def test_a_wrong_field_is_a_400_that_names_it(fields, param):

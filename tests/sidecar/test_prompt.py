@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import pytest
 from mlx_lm.tokenizer_utils import load
+from mlx_lm.tool_parsers import json_tools, qwen3_coder
 from transformers import AutoTokenizer
 
+from sidecar.tokenizers import tokenizer_of
 from tqstack import demo_model
 from tqstack.openai_api.errors import ApiError
-from tqstack.openai_api.schema import ChatRequest, TextRequest
-from tqstack.sidecar.prompt import chat_prompt, text_prompt
+from tqstack.openai_api.schema import ChatRequest, TextRequest, validate
+from tqstack.sidecar.prompt import chat_prompt, text_prompts
 
 TOKENIZER = load(demo_model.PATH)
 PLAIN = AutoTokenizer.from_pretrained(demo_model.PATH)
@@ -72,6 +74,149 @@ def test_a_template_that_refuses_is_a_400():
 
 
 def test_prompt_tokens_outside_the_vocabulary_are_refused():
-    assert text_prompt(TOKENIZER, TextRequest(prompt=[5, 6])).tokens == [5, 6]
+    assert [p.tokens for p in text_prompts(TOKENIZER, TextRequest(prompt=[5, 6]))] == [[5, 6]]
     with pytest.raises(ApiError, match="from 0 to 8191"):
-        text_prompt(TOKENIZER, TextRequest(prompt=[5, 999_999]))
+        text_prompts(TOKENIZER, TextRequest(prompt=[5, 999_999]))
+
+
+def test_each_of_several_prompts_is_one():
+    for several in (["a", "b"], [[5], [6]]):
+        assert len(text_prompts(TOKENIZER, TextRequest(prompt=several))) == 2
+
+
+def text_of(*messages, template=None, **fields):
+    """The prompt as text, with a template of one's own."""
+    tokenizer = load(demo_model.PATH)
+    if template:
+        tokenizer.chat_template = template
+    request = ChatRequest(messages=list(messages), **fields)
+    return PLAIN.decode(chat_prompt(tokenizer, request).tokens)
+
+
+RAISES = "{{ raise_exception('System message must be at the beginning.') }}"
+SYSTEM_FIRST = (
+    "{% for m in messages %}"
+    "{% if m.role == 'system' and not loop.first %}"
+    + RAISES
+    + "{% elif m.role not in ('system', 'user', 'assistant') %}"
+    "{{ raise_exception('Unexpected message role.') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+def test_leading_system_messages_are_one_and_a_developer_is_the_system():
+    messages = [said("system", "one"), said("developer", "two"), said("user", "hi")]
+    text = text_of(*messages, template=SYSTEM_FIRST)
+    assert text.startswith("<|im_start|>system\none\n\ntwo<|im_end|>\n<|im_start|>user\nhi")
+    assert "system\nbe" in text_of(
+        said("developer", "be"), said("user", "a"), template=SYSTEM_FIRST
+    )
+
+
+def test_a_later_system_message_stays_where_the_template_takes_it():
+    messages = [
+        said("user", "hi"),
+        said("assistant", "yes"),
+        said("system", "now"),
+        said("user", "go"),
+    ]
+    assert "<|im_start|>system\nnow<|im_end|>" in text_of(*messages)
+
+
+def test_elsewhere_it_begins_the_next_turn_and_what_comes_before_stays():
+    before = [said("user", "hi"), said("assistant", "yes")]
+    without = text_of(*before, said("user", "go"), template=SYSTEM_FIRST)
+    text = text_of(*before, said("system", "now"), said("user", "go"), template=SYSTEM_FIRST)
+    assert text == without.replace("user\ngo", "user\nnow\n\ngo")
+    last = text_of(*before, said("system", "now"), template=SYSTEM_FIRST)
+    assert "<|im_start|>user\nnow<|im_end|>" in last
+    silent = SYSTEM_FIRST.replace(RAISES, "{% continue %}")
+    dropped = text_of(*before, said("system", "now"), said("user", "go"), template=silent)
+    assert "user\nnow\n\ngo" in dropped
+
+
+def test_an_answer_that_has_begun_is_gone_on_with():
+    messages = [said("user", "hi"), said("assistant", "The answer is")]
+    assert text_of(*messages).endswith("<|im_start|>assistant\nThe answer is")
+    assert text_of(*messages, continue_final_message=False).endswith("<|im_start|>assistant\n")
+    assert text_of(*messages[:1], add_generation_prompt=False).endswith("hi<|im_end|>\n")
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "messages", "no_such_name"])
+def test_a_request_sets_no_more_than_the_template_knows(name):
+    with pytest.raises(ApiError, match="chat_template_kwargs"):
+        prompt_of(said("user", "hi"), chat_template_kwargs={name: False})
+
+
+SWITCH = "{% if enable_thinking is false %}<off>{% else %}<on>{% endif %}{{ tone }}"
+THINKS = SYSTEM_FIRST.replace("assistant\n{% endif %}", "assistant\n" + SWITCH + "{% endif %}")
+
+
+@pytest.mark.parametrize(
+    "fields, end",
+    [
+        ({"reasoning_effort": "none"}, "<off>"),
+        ({"reasoning_effort": "high"}, "<on>"),
+        ({"chat_template_kwargs": {"enable_thinking": False, "tone": "!"}}, "<off>!"),
+    ],
+)
+def test_effort_and_the_template_s_own_names_reach_it(fields, end):
+    assert text_of(said("user", "hi"), template=THINKS, **fields).endswith(end)
+
+
+def test_functions_of_before_tools_are_tools():
+    call = {"name": "look", "arguments": "{}"}
+    request = ChatRequest(
+        messages=[
+            said("user", "hi"),
+            {"role": "assistant", "content": None, "function_call": call},
+            {"role": "function", "name": "look", "content": "a cat"},
+        ],
+        functions=[{"name": "look", "parameters": {"type": "object"}}],
+        function_call={"name": "look"},
+    )
+    assert request.tools == [
+        {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    ]
+    assert request.tool_choice == {"type": "function", "function": {"name": "look"}}
+
+
+@pytest.mark.parametrize(
+    "tools", [[{"type": "web"}], [{"function": {}}], [{"type": "function", "function": "f"}]]
+)
+def test_malformed_tools_are_refused(tools):
+    with pytest.raises(ApiError, match="tools"):
+        validate(ChatRequest, {"messages": [said("user", "hi")], "tools": tools})
+
+
+LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+SEE = {"type": "function", "function": {"name": "see", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "parser, choice, end",
+    [
+        (json_tools, {"type": "function", "function": {"name": "see"}},
+         '<tool_call>\n{"name": "see", "arguments": '),
+        (qwen3_coder, {"type": "function", "function": {"name": "see"}},
+         "<tool_call>\n<function=see>\n"),
+        (json_tools, "required", "<tool_call>"),
+    ],
+)  # fmt: skip
+def test_a_call_that_must_be_made_is_begun_in_the_family_s_form(parser, choice, end):
+    tokenizer = tokenizer_of(parser)
+    request = ChatRequest(messages=[said("user", "hi")], tools=[LOOK, SEE], tool_choice=choice)
+    prompt = chat_prompt(tokenizer, request)
+    assert PLAIN.decode(list(prompt.begun)) == end
+    assert PLAIN.decode(prompt.tokens).endswith(f"assistant\n{end}")
+
+
+def test_a_call_that_cannot_be_forced_is_refused():
+    for fields in ({}, {"tools": [LOOK], "tool_choice": {"type": "function", "function": {}}}):
+        with pytest.raises(ApiError, match="tool_choice"):
+            prompt_of(said("user", "hi"), **{"tool_choice": "required", **fields})

@@ -8,14 +8,14 @@ import unicodedata
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tool_parsers import json_tools, qwen3_coder
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence, Strip
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from tqstack import demo_model
+from sidecar.tokenizers import tokenizer_of
 from tqstack.sidecar.detokenizer import ByteText, text_stream
 from tqstack.sidecar.text import AnswerReader, Content, Reasoning, StopStrings, ToolCall
 
@@ -32,18 +32,6 @@ JSON_CALL = '<tool_call>\n{"name": "weather", "arguments": {"days": 3}}\n</tool_
 XML_CALL = (
     "<tool_call>\n<function=weather>\n<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>"
 )
-
-
-def tokenizer_of(parser):
-    tokenizer = AutoTokenizer.from_pretrained(demo_model.PATH)
-    tokenizer.add_tokens(["<think>", "</think>"])
-    return TokenizerWrapper(
-        tokenizer,
-        BPEStreamingDetokenizer,
-        tool_call_start=parser.tool_call_start,
-        tool_call_end=parser.tool_call_end,
-        tool_parser=parser.parse_tool_call,
-    )
 
 
 JSON_TOOLS, XML_TOOLS = tokenizer_of(json_tools), tokenizer_of(qwen3_coder)

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tqstack.openai_api.errors import bad_request, from_validation
 
 # Model names that mean "you choose".
 ANY_MODEL = ("", "auto", "default", "tqstack")
 Count = Annotated[int, Field(ge=1, strict=True)]
+MOST_CHOICES = 16
 Flag = Annotated[bool, Field(strict=True)]
 
 
@@ -33,14 +34,16 @@ class _Request(Passing):
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2, strict=True, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1, strict=True)] | None = None
-    top_k: Annotated[int, Field(ge=0, strict=True)] | None = None
+    top_k: Annotated[int, Field(ge=-1, strict=True)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, strict=True)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0, strict=True)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2, strict=True)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, strict=True)] | None = None
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
     stop: str | list[str] | None = None
-    n: Annotated[int, Field(strict=True, ge=1, le=1)] | None = None
+    stop_token_ids: list[Annotated[int, Field(strict=True)]] | None = None
+    include_stop_str_in_output: Flag | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=MOST_CHOICES)] | None = None
     cache_prompt: Flag | None = None
 
     @property
@@ -53,6 +56,11 @@ class _Request(Passing):
         """Whether a stream ends with a usage chunk."""
         return bool((self.stream_options or {}).get("include_usage"))
 
+    @property
+    def wants_running_usage(self) -> bool:
+        """Whether every chunk of a stream tells the usage so far."""
+        return bool((self.stream_options or {}).get("continuous_usage_stats"))
+
 
 class Message(BaseModel):
     """One message: text, or a list of parts; both may be absent beside tool calls."""
@@ -62,42 +70,133 @@ class Message(BaseModel):
     role: Annotated[str, Field(min_length=1, strict=True)]
     content: str | list[dict[str, Any]] | None = None
     tool_calls: list[dict[str, Any]] | None = None
+    function_call: dict[str, Any] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
-        if self.content is None and not self.tool_calls and self.role != "assistant":
+        calls = self.tool_calls or self.function_call
+        if self.content is None and not calls and self.role != "assistant":
             raise ValueError("content is required")
         return self
 
 
+class Function(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[str, Field(min_length=1, strict=True)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
 class ChatRequest(_Request):
-    """`POST /v1/chat/completions`."""
+    """`POST /v1/chat/completions`. OpenAI's `functions` of before become tools."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: Flag | None = None
+    functions: list[Function] | None = None
+    function_call: Literal["none", "auto"] | dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
     chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: Flag | None = None
+    continue_final_message: Flag | None = None
     logprobs: Flag | None = None
     response_format: dict[str, Any] | None = None
+
+    @field_validator("tools")
+    @classmethod
+    def _well_formed(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        """Checked, and passed to the template as they came."""
+        for tool in tools or ():
+            try:
+                Tool.model_validate(tool)
+            except ValidationError as error:
+                problem = error.errors()[0]
+                where = ".".join(map(str, problem["loc"]))
+                raise ValueError(f"a tool needs type function and a name; {where}") from None
+        return tools
+
+    @model_validator(mode="after")
+    def _newer_names(self) -> ChatRequest:
+        if self.functions and not self.tools:
+            dumped = (function.model_dump(exclude_none=True) for function in self.functions)
+            self.tools = [{"type": "function", "function": function} for function in dumped]
+            choice = self.function_call
+            named = isinstance(choice, dict)
+            self.tool_choice = {"type": "function", "function": choice} if named else choice
+        return self
+
+    @property
+    def legacy_functions(self) -> bool:
+        """Whether calls are to be answered in the form of before tools."""
+        return bool(self.functions)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer goes on with the last message, which the assistant has begun."""
+        if self.continue_final_message is not None:
+            return self.continue_final_message
+        last = self.messages[-1]
+        begun = last.role == "assistant" and bool(last.content) and not last.tool_calls
+        return begun and self.add_generation_prompt is None
 
     @property
     def token_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
 
-class TextRequest(_Request):
-    """`POST /v1/completions`. A prompt is text or tokens; several prompts are not supported."""
+Text = Annotated[str, Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1)]
+NonEmpty = Annotated[list[Any], Field(min_length=1)]
 
-    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
+
+class TextRequest(_Request):
+    """`POST /v1/completions`. A prompt is text or tokens; each of a list gets its own answers."""
+
+    prompt: (
+        Text
+        | Tokens
+        | Annotated[list[Text], Field(min_length=1)]
+        | Annotated[list[Tokens], Field(min_length=1)]
+    )
+    echo: Flag | None = None
+    best_of: Count | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        given: Any = self.prompt
+        several = isinstance(given, list) and not isinstance(given[0], int)
+        return given if several else [given]
 
     @property
     def token_limit(self) -> int | None:
         return self.max_tokens
 
 
-Text = Annotated[str, Field(min_length=1)]
-NonEmpty = Annotated[list[Any], Field(min_length=1)]
+class TokenizeRequest(Passing):
+    """`POST /tokenize` of a text; a chat is a `ChatRequest`."""
+
+    prompt: Text
+    add_special_tokens: Flag = True
+
+
+class DetokenizeRequest(Passing):
+    """`POST /detokenize`."""
+
+    tokens: Tokens
 
 
 class PassingChat(Passing):

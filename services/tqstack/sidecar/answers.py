@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from tqstack.sidecar.text import Content, Part, Reasoning, ToolCall
@@ -15,6 +15,10 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reasoning_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -22,79 +26,124 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
 
 
 @dataclass
+class Choice:
+    """One of an answer's choices, as far as it has come.
+
+    Attributes:
+        stop_string: the one that ended it.
+        stats: how it was made.
+    """
+
+    index: int = 0
+    parts: list[Part] = field(default_factory=list)
+    calls: int = 0
+    reason: str | None = None
+    stop_string: str | None = None
+    stats: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.parts if isinstance(part, Content))
+
+
+@dataclass
 class Answer:
-    """One answer in the making: turns parts into chunks, and collects them for the whole."""
+    """Answers in the making: turns parts into chunks, and collected parts into the whole.
+
+    Args:
+        legacy: tool calls have the form of before tools.
+    """
 
     model: str
     chat: bool
+    legacy: bool = False
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
-    parts: list[Part] = field(default_factory=list)
-    _calls: int = 0
 
     def __post_init__(self) -> None:
         self.id = self.id or f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
 
-    def opening(self) -> dict[str, Any] | None:
-        """The first chunk of a chat stream."""
-        return self._chunk({"role": "assistant", "content": ""}) if self.chat else None
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
+        """The first chunk of a choice of a chat stream."""
+        return self._chunk(choice, {"role": "assistant", "content": ""}) if self.chat else None
 
-    def chunk(self, part: Part) -> dict[str, Any]:
+    def chunk(self, choice: Choice, part: Part) -> dict[str, Any]:
         """A part as a stream chunk."""
         if not self.chat:
-            return self._chunk(part.text if isinstance(part, Content) else "")
+            return self._chunk(choice, part.text if isinstance(part, Content) else "")
         if isinstance(part, ToolCall):
-            call = {"index": self._calls, **_tool_call(part)}
-            self._calls += 1
-            return self._chunk({"tool_calls": [call]})
-        name = "reasoning_content" if isinstance(part, Reasoning) else "content"
-        return self._chunk({name: part.text})
+            number, choice.calls = choice.calls, choice.calls + 1
+            if self.legacy:
+                return self._chunk(choice, {"function_call": _tool_call(part)["function"]})
+            return self._chunk(choice, {"tool_calls": [{"index": number, **_tool_call(part)}]})
+        if isinstance(part, Reasoning):
+            return self._chunk(choice, _reasoning(part.text))
+        return self._chunk(choice, {"content": part.text})
 
-    def closing(self, reason: str, extra: dict[str, Any]) -> dict[str, Any]:
-        """The last chunk with a choice."""
-        return {**self._chunk({} if self.chat else "", reason), "tqstack": extra}
+    def closing(self, choice: Choice) -> dict[str, Any]:
+        """The last chunk of a choice."""
+        chunk = self._chunk(choice, {} if self.chat else "")
+        chunk["choices"][0] |= self._ending(choice)
+        return {**chunk, "tqstack": choice.stats}
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         return {**self._envelope("chunk"), "choices": [], "usage": usage.as_dict()}
 
-    def whole(self, reason: str, usage: Usage, extra: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
         """The collected parts as one answer."""
-        text = "".join(part.text for part in self.parts if isinstance(part, Content))
-        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None}
-        if self.chat:
-            choice["message"] = self._message(text)
-        else:
-            choice["text"] = text
         return {
             **self._envelope(""),
-            "choices": [choice],
+            "choices": [self._whole(choice) for choice in choices],
             "usage": usage.as_dict(),
-            "tqstack": extra,
+            "tqstack": choices[0].stats,
         }
 
-    def _message(self, text: str) -> dict[str, Any]:
-        calls = [_tool_call(part) for part in self.parts if isinstance(part, ToolCall)]
-        reasoning = "".join(part.text for part in self.parts if isinstance(part, Reasoning))
+    def _whole(self, choice: Choice) -> dict[str, Any]:
+        made: dict[str, Any] = {"index": choice.index, "logprobs": None, **self._ending(choice)}
+        if self.chat:
+            return {**made, "message": self._message(choice)}
+        return {**made, "text": choice.text}
+
+    def _ending(self, choice: Choice) -> dict[str, Any]:
+        """Why it ended; `stop_reason` is vLLM's."""
+        reason = choice.reason or "stop"
+        if self.legacy and reason == "tool_calls":
+            reason = "function_call"
+        found = {"stop_reason": choice.stop_string} if choice.stop_string else {}
+        return {"finish_reason": reason, **found}
+
+    def _message(self, choice: Choice) -> dict[str, Any]:
+        parts, text = choice.parts, choice.text
+        calls = [_tool_call(part) for part in parts if isinstance(part, ToolCall)]
+        reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
         message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else "")}
         if reasoning:
-            message["reasoning_content"] = reasoning
-        if calls:
+            message |= _reasoning(reasoning)
+        if calls and self.legacy:
+            message["function_call"] = calls[0]["function"]
+        elif calls:
             message["tool_calls"] = calls
         return message
 
-    def _chunk(self, delta: Any, reason: str | None = None) -> dict[str, Any]:
+    def _chunk(self, choice: Choice, delta: Any) -> dict[str, Any]:
         name = "delta" if self.chat else "text"
-        choice = {"index": 0, name: delta, "finish_reason": reason, "logprobs": None}
-        return {**self._envelope("chunk"), "choices": [choice]}
+        made = {"index": choice.index, name: delta, "finish_reason": None, "logprobs": None}
+        return {**self._envelope("chunk"), "choices": [made]}
 
     def _envelope(self, suffix: str) -> dict[str, Any]:
         kind = "chat.completion" if self.chat else "text_completion"
         kind = f"{kind}.{suffix}" if suffix and self.chat else kind
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """Under both names that clients read: DeepSeek's, and OpenRouter's and Ollama's."""
+    return {"reasoning_content": text, "reasoning": text}
 
 
 def _tool_call(part: ToolCall) -> dict[str, Any]:

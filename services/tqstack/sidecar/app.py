@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,18 +24,24 @@ from tqstack.openai_api.handlers import add_error_handlers
 from tqstack.openai_api.schema import (
     ANY_MODEL,
     ChatRequest,
+    DetokenizeRequest,
     RequestType,
     TextRequest,
+    TokenizeRequest,
     parse_json,
     validate,
 )
 from tqstack.settings import Settings
-from tqstack.sidecar.answers import Answer
-from tqstack.sidecar.generation import Finish, Generation, as_api_error
+from tqstack.sidecar.answers import Answer, Usage
+from tqstack.sidecar.generation import Finish, Generation, as_api_error, make_generations
 from tqstack.sidecar.loader import Loader, new_worker
 from tqstack.sidecar.metrics import Metrics
-from tqstack.sidecar.prompt import chat_prompt
+from tqstack.sidecar.prompt import chat_prompt, check_tokens
+from tqstack.sidecar.sequences import run_all
 from tqstack.sidecar.streaming import EventStream, WhileConnected
+
+# What requests may ask for beyond text; the router sends others elsewhere.
+CAPABILITIES = ["tools", "tool_choice", "choices", "prompts"]
 
 
 class Sidecar:
@@ -55,15 +62,39 @@ class Sidecar:
         return await self._answer(request, TextRequest)
 
     async def tokenize(self, request: Request) -> Response:
-        """A chat's prompt as tokens, as vLLM answers it. Loads no model."""
-        parsed = await self._parsed(request, ChatRequest)
-        worker = self._engine.worker
-        if worker is None:
-            raise self._not_ready()
-        runtime = worker.runtime
-        prompt = await asyncio.to_thread(chat_prompt, runtime.tokenizer, parsed)
-        facts = {"count": len(prompt.tokens), "max_model_len": runtime.context_length}
-        return JSONResponse({**facts, "tokens": prompt.tokens})
+        """A chat's prompt, or a text, as tokens, as vLLM answers it. Loads no model."""
+        value = parse_json(await read_body(request.receive, self._body_limit))
+        runtime = self._loaded()
+        if "messages" in value:
+            chat = self._checked(ChatRequest, value)
+            prompt = await asyncio.to_thread(chat_prompt, runtime.tokenizer, chat)
+            tokens = prompt.tokens
+        else:
+            text = self._checked(TokenizeRequest, value)
+            tokens = await asyncio.to_thread(
+                runtime.tokenizer.encode,
+                text.prompt,
+                add_special_tokens=text.add_special_tokens,
+            )
+        facts = {"count": len(tokens), "max_model_len": runtime.context_length}
+        return JSONResponse({**facts, "tokens": tokens})
+
+    async def detokenize(self, request: Request) -> Response:
+        """Tokens as text."""
+        parsed = await self._parsed(request, DetokenizeRequest)
+        tokenizer = self._loaded().tokenizer
+        check_tokens(tokenizer, parsed.tokens, "tokens")
+        text = tokenizer.decode(parsed.tokens, clean_up_tokenization_spaces=False)
+        return JSONResponse({"prompt": text})
+
+    async def embeddings(self, request: Request) -> Response:
+        raise ApiError(
+            501,
+            "the sidecar makes no embeddings; ask the router with a model of Ollama's, such as "
+            "ollama:nomic-embed-text",
+            code="unsupported",
+            retry=False,
+        )
 
     async def models(self, request: Request) -> Response:
         facts = self._engine.lifecycle.facts
@@ -86,6 +117,7 @@ class Sidecar:
         if engine.error:
             body["error"] = engine.error
         body["model"] = facts.describe() if facts else {"id": self._id}
+        body["capabilities"] = CAPABILITIES
         if facts:
             body["cache"]["codec"] = facts.codec
         if facts and (plan := facts.plan):
@@ -103,18 +135,26 @@ class Sidecar:
         parsed = await self._parsed(request, kind)
         runtime = await self._ready()
         # Template and tokenizer take a second for a very long prompt: not on the event loop.
-        generation = await asyncio.to_thread(Generation, self._engine, runtime, parsed)
-        answer = Answer(runtime.id, chat=kind is ChatRequest)
+        made = await asyncio.to_thread(make_generations, self._engine, runtime, parsed)
+        legacy = isinstance(parsed, ChatRequest) and parsed.legacy_functions
+        answer = Answer(runtime.id, chat=kind is ChatRequest, legacy=legacy)
         if parsed.stream:
-            usage = parsed.wants_usage
-            return EventStream(lambda: stream_events(generation, answer, usage))
-        return WhileConnected(lambda: whole_answer(generation, answer))
+            return EventStream(lambda: stream_events(made, answer, parsed))
+        return WhileConnected(lambda: whole_answer(made, answer))
 
     async def _parsed(self, request: Request, kind: type[RequestType]) -> RequestType:
         body = await read_body(request.receive, self._body_limit)
-        parsed = validate(kind, parse_json(body))
+        return self._checked(kind, parse_json(body))
+
+    def _checked(self, kind: type[RequestType], value: dict[str, Any]) -> RequestType:
+        parsed = validate(kind, value)
         self._check_name(parsed.model)
         return parsed
+
+    def _loaded(self) -> Runtime:
+        if (worker := self._engine.worker) is None:
+            raise self._not_ready()
+        return worker.runtime
 
     async def _ready(self) -> Runtime:
         """The model, which this waits for unless it is the first time: others can serve then."""
@@ -164,7 +204,9 @@ def create_app(
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("POST", "/v1/chat/completions", sidecar.chat_completions),
         ("POST", "/v1/completions", sidecar.completions),
+        ("POST", "/v1/embeddings", sidecar.embeddings),
         ("POST", "/tokenize", sidecar.tokenize),
+        ("POST", "/detokenize", sidecar.detokenize),
         ("GET", "/v1/models", sidecar.models),
         ("GET", "/v1/models/{name:path}", sidecar.model),
         ("GET", "/health", sidecar.health),
@@ -191,36 +233,52 @@ def model_card(about: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-async def whole_answer(generation: Generation, answer: Answer) -> dict[str, Any]:
+async def whole_answer(generations: list[Generation], answer: Answer) -> dict[str, Any]:
     """Run to the end and answer in one piece."""
-    reason = "stop"
-    async with aclosing(generation.run()) as events:
-        async for event in events:
-            if isinstance(event, Finish):
-                reason = event.reason
-            elif not isinstance(event, Progress):
-                answer.parts.append(event)
-    return answer.whole(reason, generation.usage, generation.stats)
+    async with aclosing(run_all(generations)) as pieces:
+        async for generation, piece in pieces:
+            if not isinstance(piece, Progress | Finish):
+                generation.choice.parts.append(piece)
+    choices = [generation.choice for generation in generations]
+    return answer.whole(choices, total_usage(generations))
 
 
 async def stream_events(
-    generation: Generation, answer: Answer, with_usage: bool
+    generations: list[Generation], answer: Answer, request: ChatRequest | TextRequest
 ) -> AsyncIterator[bytes]:
-    """Server-sent events of a run; while the prompt is processed, comments tell how far it is."""
-    opening = answer.opening()
-    async with aclosing(generation.run()) as events:
-        async for event in events:
-            if isinstance(event, Progress):
-                yield sse.comment(f"prefill {event.done}/{event.total}")
+    """Server-sent events of a run; while a prompt is processed, comments tell how far it is."""
+    opened: set[int] = set()
+    running_usage = request.wants_running_usage
+
+    def event(chunk: dict[str, Any]) -> bytes:
+        if running_usage:
+            chunk = {**chunk, "usage": total_usage(generations).as_dict()}
+        return sse.event(chunk)
+
+    async with aclosing(run_all(generations)) as pieces:
+        async for generation, piece in pieces:
+            choice = generation.choice
+            if isinstance(piece, Progress):
+                yield sse.comment(f"prefill {piece.done}/{piece.total}")
                 continue
-            if opening:
-                # Not before the first token: until then a router may still go elsewhere.
-                yield sse.event(opening)
-                opening = None
-            if isinstance(event, Finish):
-                yield sse.event(answer.closing(event.reason, generation.stats))
-            else:
-                yield sse.event(answer.chunk(event))
-    if with_usage:
-        yield sse.event(answer.usage_chunk(generation.usage))
+            # Not before the first token: until then a router may still go elsewhere.
+            if choice.index not in opened and (opening := answer.opening(choice)):
+                yield event(opening)
+            opened.add(choice.index)
+            finished = isinstance(piece, Finish)
+            yield event(answer.closing(choice) if finished else answer.chunk(choice, piece))
+    if request.wants_usage:
+        yield sse.event(answer.usage_chunk(total_usage(generations)))
     yield sse.DONE
+
+
+def total_usage(generations: list[Generation]) -> Usage:
+    """Of all answers; a prompt counts once, however many samples it has."""
+    total, counted = Usage(0, 0, 0), set()
+    for generation in generations:
+        usage, prompt = generation.usage, id(generation.prompt)
+        if prompt in counted:
+            usage = replace(usage, prompt_tokens=0, cached_tokens=0)
+        counted.add(prompt)
+        total += usage
+    return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,12 @@ from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tqstack.openai_api.errors import bad_request
+from tqstack.openai_api.messages import SYSTEM, fold_system, merge_leading
 from tqstack.openai_api.schema import ChatRequest, Message, TextRequest
+from tqstack.sidecar.forced import call_beginning, forced_tool
+from tqstack.sidecar.template import template_options
+
+_REFUSALS = (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 
 HEADER_TOKENS = 4  # most tokens between two markers of a message's header
 MERGES = 8  # last tokens of a text that other text may merge with differently
@@ -23,20 +29,33 @@ class Prompt:
         boundaries: positions behind its messages, ascending: the next turn's prompt is the same up
             to one of them.
         reasoning: the template has opened a reasoning block.
+        begun: its last tokens, where they are the beginning of the answer.
     """
 
     tokens: list[int]
     boundaries: tuple[int, ...] = ()
     reasoning: bool = False
+    begun: tuple[int, ...] = ()
 
 
-def text_prompt(tokenizer: TokenizerWrapper, request: TextRequest) -> Prompt:
-    prompt = request.prompt
+def text_prompts(tokenizer: TokenizerWrapper, request: TextRequest) -> list[Prompt]:
+    return [_text_prompt(tokenizer, prompt) for prompt in request.prompts]
+
+
+def _text_prompt(tokenizer: TokenizerWrapper, prompt: str | list[int]) -> Prompt:
     if isinstance(prompt, str):
         return Prompt(tokenizer.encode(prompt))
-    if not all(0 <= token < len(tokenizer) for token in prompt):
-        raise bad_request(f"prompt: tokens must be from 0 to {len(tokenizer) - 1}", "prompt")
+    check_tokens(tokenizer, prompt, "prompt")
     return Prompt(list(prompt))
+
+
+def check_tokens(tokenizer: TokenizerWrapper, tokens: list[int], where: str) -> None:
+    """
+    Raises:
+        ApiError: 400, if one is not in the vocabulary.
+    """
+    if not all(0 <= token < len(tokenizer) for token in tokens):
+        raise bad_request(f"{where}: tokens must be from 0 to {len(tokenizer) - 1}", where)
 
 
 def chat_prompt(tokenizer: TokenizerWrapper, request: ChatRequest) -> Prompt:
@@ -47,28 +66,63 @@ def chat_prompt(tokenizer: TokenizerWrapper, request: ChatRequest) -> Prompt:
     """
     if not tokenizer.has_chat_template:
         raise bad_request("this model has no chat template: ask it through /v1/completions")
-    messages = [_plain(message, i) for i, message in enumerate(request.messages)]
-    options = dict(request.chat_template_kwargs or {})
-    if request.tools and request.tool_choice != "none":
-        options["tools"] = request.tools
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **options
-        )
-        closed = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=False, **options
-        )
-    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise bad_request(f"the model's chat template refuses this: {error}", "messages") from None
+    name = forced_tool(request.tool_choice, request.tools)
+    text, closed = _render(tokenizer, request)
     if not text:
         raise bad_request("the chat template made an empty prompt of these messages", "messages")
-    tokens = tokenizer.encode(text, add_special_tokens=False)
     opening = text[len(closed) :] if text.startswith(closed) else ""
+    reasoning = _opens_reasoning(tokenizer, opening or text)
+    if reasoning and request.reasoning_effort == "none":
+        text, reasoning = f"{text.rstrip()}\n\n{tokenizer.think_end}\n\n", False
+    tokens = tokenizer.encode(text, add_special_tokens=False)
     boundaries = _after_markers(tokens, _markers(tokenizer))
     if not boundaries and opening:  # a template of plain text
         end = len(tokens) - len(tokenizer.encode(opening, add_special_tokens=False)) - MERGES
         boundaries = (end,) if end > 0 else ()
-    return Prompt(tokens, boundaries, _opens_reasoning(tokenizer, opening or text))
+    begun: list[int] = []
+    if name is not None:
+        written = call_beginning(tokenizer, name, reasoning)
+        begun = tokenizer.encode(written, add_special_tokens=False)
+    return Prompt([*tokens, *begun], boundaries, reasoning, tuple(begun))
+
+
+def _render(tokenizer: TokenizerWrapper, request: ChatRequest) -> tuple[str, str]:
+    """The prompt's text, and the same without the opening of a new turn.
+
+    Raises:
+        ApiError: 400, where the template refuses.
+    """
+    plain = [_plain(message, i) for i, message in enumerate(request.messages)]
+    messages = merge_leading(plain)
+    options = template_options(tokenizer, request)
+
+    def render(messages: list[dict[str, Any]]) -> tuple[str, str]:
+        closed = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=False, **options
+        )
+        if request.continues:
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, continue_final_message=True, **options
+            )
+            return text, ""
+        if request.add_generation_prompt is False:
+            return closed, ""
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **options
+        )
+        return text, closed
+
+    later = [m["content"] for i, m in enumerate(messages) if i and m["role"] in SYSTEM]
+    try:
+        if later:
+            with suppress(*_REFUSALS):  # not every template takes them where they are
+                rendered = render(messages)
+                if all(content in rendered[0] for content in later):
+                    return rendered
+            messages = fold_system(messages)
+        return render(messages)
+    except _REFUSALS as error:
+        raise bad_request(f"the model's chat template refuses this: {error}", "messages") from None
 
 
 def _markers(tokenizer: TokenizerWrapper) -> frozenset[int]:
@@ -106,6 +160,7 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
             )
         plain["content"] = "".join(str(text) for text in texts)
     plain.setdefault("content", "")
+    _use_newer_names(plain)
     for call in plain.get("tool_calls", []):
         function = call.get("function")
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
@@ -116,3 +171,16 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
                     "arguments of a tool call must be JSON", f"messages.{index}.tool_calls"
                 ) from None
     return plain
+
+
+def _use_newer_names(message: dict[str, Any]) -> None:
+    """Messages as they were before tools, and the newer name of the system's role. Templates know
+    reasoning by `reasoning_content`."""
+    if message["role"] == "developer":
+        message["role"] = "system"
+    if message["role"] == "function":
+        message["role"] = "tool"
+    if function := message.pop("function_call", None):
+        message.setdefault("tool_calls", []).append({"type": "function", "function": function})
+    if isinstance(message.get("reasoning"), str):
+        message.setdefault("reasoning_content", message["reasoning"])

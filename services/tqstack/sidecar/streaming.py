@@ -36,9 +36,10 @@ class WhileConnected(Response):
 
 
 class EventStream(Response):
-    """Server-sent events: headers at once, then what `make` yields.
+    """Server-sent events: headers with the first of what `make` yields.
 
-    An ApiError that `make` raises becomes an error event, and the stream ends without [DONE].
+    An ApiError that `make` raises before has its own status; one that it raises later becomes an
+    error event, and the stream ends without [DONE].
     """
 
     def __init__(self, make: Callable[[], AsyncIterator[bytes]]):
@@ -49,22 +50,27 @@ class EventStream(Response):
         headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
 
         async def stream() -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            async with aclosing(_with_errors(self._make())) as events:  # pyright: ignore
-                async for data in events:
+            async with aclosing(self._make()) as events:  # pyright: ignore
+                try:
+                    first = await anext(events, b"")
+                except ApiError as error:
+                    response = JSONResponse(error.body, error.status, error.headers)
+                    return await response(scope, receive, send)
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                await send({"type": "http.response.body", "body": first, "more_body": True})
+                async for data in _with_errors(events):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         await _until_gone(receive, stream())
 
 
-async def _with_errors(events: Any) -> AsyncIterator[bytes]:
-    async with aclosing(events):
-        try:
-            async for data in events:
-                yield data
-        except ApiError as error:
-            yield sse.event(error.body)
+async def _with_errors(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    try:
+        async for data in events:
+            yield data
+    except ApiError as error:
+        yield sse.event(error.body)
 
 
 async def _until_gone(receive: Receive, work: Any) -> None:

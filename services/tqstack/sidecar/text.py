@@ -125,6 +125,10 @@ class AnswerReader:
         return self._stop.hit or (self._one_call and self.tool_calls > 0)
 
     @property
+    def in_reasoning(self) -> bool:
+        return self._mode == "reasoning"
+
+    @property
     def stop_string(self) -> str | None:
         return self._stop.found
 
