@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Paths that only some backends have, beside those of OpenAI: asked by the router for itself.
-OWN_PATHS = ("/api/", "/tokenize")
+OWN_PATHS = ("/api/", "/tokenize", "/detokenize")
 SSE = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 

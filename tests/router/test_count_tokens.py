@@ -39,6 +39,27 @@ def test_without_such_a_backend_the_sidecar_s_tokenizer_counts():
         assert stack.sidecar.probes == before  # it said once that it cannot
 
 
+def test_the_responses_api_counts_too():
+    with Stack() as stack:
+        asked = []
+        stack.sidecar.extra["/tokenize"] = lambda body: asked.append(body) or {"count": 77}
+        counted = stack.openai.responses.input_tokens.count(
+            model="tq:demo", input="hello", instructions="be brief"
+        )
+        assert (counted.input_tokens, counted.object) == (77, "response.input_tokens")
+        assert [message["role"] for message in asked[0]["messages"]] == ["system", "user"]
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+def test_text_and_tokens_are_the_sidecar_s_to_tell(path):
+    with Stack() as stack:
+        stack.sidecar.extra["/tokenize"] = {"count": 1, "tokens": [5]}
+        stack.sidecar.extra["/detokenize"] = {"prompt": "a"}
+        response = stack.post(path, prompt="a", tokens=[5])
+        assert response.json() == stack.sidecar.extra[path]
+        assert response.headers["x-tqstack-backend"] == "sidecar"
+
+
 def test_otherwise_it_is_the_estimate():
     with Stack() as stack:
         body = {"model": "ollama:", "messages": [{"role": "user", "content": TEXT}]}

@@ -13,12 +13,19 @@ from fastapi import FastAPI
 from tqstack.openai_api.errors import ApiError
 from tqstack.openai_api.guard import Guard, cors_headers, preflight
 from tqstack.openai_api.handlers import add_error_handlers
-from tqstack.openai_api.schema import ChatRequest, EmbeddingRequest, PassingChat, PassingText
+from tqstack.openai_api.schema import (
+    ChatRequest,
+    EmbeddingRequest,
+    Passing,
+    PassingChat,
+    PassingText,
+)
 from tqstack.router import views
 from tqstack.router.backends import Backend
 from tqstack.router.client import Client
-from tqstack.router.dialects.messages import Messages, TokenCount
-from tqstack.router.dialects.responses import Responses
+from tqstack.router.dialects.messages import Messages, TokenCount, message_tokens
+from tqstack.router.dialects.responses import InputTokens, Responses, input_tokens
+from tqstack.router.dialects.stored import ResponseStore
 from tqstack.router.estimate import Estimator
 from tqstack.router.exact import ExactCounter
 from tqstack.router.forward import Endpoint, Forward, Services
@@ -28,14 +35,18 @@ from tqstack.router.policy import Name
 from tqstack.router.upstream import Upstream
 from tqstack.settings import Settings
 
+ANSWERS = ResponseStore()  # that requests may refer to
 # The paths that go to a backend, and what their bodies must look like.
 FORWARDED = [
     Endpoint("/v1/chat/completions", PassingChat),
     Endpoint("/v1/completions", PassingText),
     Endpoint("/v1/embeddings", EmbeddingRequest, needs=frozenset({"embeddings"})),
-    Endpoint("/v1/responses", ChatRequest, Responses()),
+    Endpoint("/v1/responses", ChatRequest, Responses(ANSWERS)),
     Endpoint("/v1/messages", ChatRequest, Messages()),
-    Endpoint("/v1/messages/count_tokens", ChatRequest, TokenCount(), counts=True),
+    Endpoint("/v1/responses/input_tokens", ChatRequest, InputTokens(ANSWERS), counted=input_tokens),
+    Endpoint("/v1/messages/count_tokens", ChatRequest, TokenCount(), counted=message_tokens),
+    Endpoint("/tokenize", Passing, needs=frozenset({"tokenize"})),
+    Endpoint("/detokenize", Passing, needs=frozenset({"tokenize"})),
 ]
 # The paths that the router answers by itself.
 VIEWS = [

@@ -26,6 +26,7 @@ RETRY_SECONDS = (0.25, 0.5, 1.0, 2.0)
 _CHAT_ONLY = ("/v1/responses", "/v1/messages")  # the sidecar: translation is the router's work
 # What the sidecar cannot do, unless its `/health` lists it under `capabilities`.
 _SIDECAR_LACKS = frozenset({"embeddings", "images", "logprobs", "json_object", "json_schema"})
+_OLLAMA_LACKS = frozenset({"tokenize"})
 _TOKENIZE = "/tokenize"  # vLLM's, and the sidecar's
 _TOKENIZE_SECONDS = 10.0
 _LARGEST_PROBE = 8 << 20
@@ -123,6 +124,8 @@ class Backend:
         lacks = frozenset()
         if self.name == "sidecar":
             lacks = _SIDECAR_LACKS - set(self.health.report.get("capabilities") or ())
+        elif self._contexts and self._contexts.is_ollama:
+            lacks = _OLLAMA_LACKS
         return View(self.name, state, models, own, busy, lacks)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -59,14 +59,14 @@ class Endpoint(NamedTuple):
         schema: what its request must look like, in terms of chat if there is a dialect.
         dialect: how to translate it for a backend that does not know the path.
         needs: what a backend must be able to do, whatever the request holds.
-        counts: it asks for the prompt's tokens, not for an answer.
+        counted: the answer to a request that asks for its prompt's tokens only.
     """
 
     path: str
     schema: type[Passing]
     dialect: Dialect | None = None
     needs: frozenset[str] = frozenset()
-    counts: bool = False
+    counted: Callable[[int], dict[str, Any]] | None = None
 
 
 class Forward:
@@ -93,7 +93,7 @@ class Forward:
                 if name == b"content-encoding":
                     body = decode(body, value.decode("latin-1"), limit)
             exchange = self._exchange(client, record, body)
-            await (exchange.count() if endpoint.counts else exchange.run())
+            await (exchange.count(endpoint.counted) if endpoint.counted else exchange.run())
         except ApiError as error:
             record.outcome, record.status, record.error = "refused", error.status, error.message
             await client.fail(error, record.headers())
@@ -178,7 +178,7 @@ class Exchange:
         finally:
             await self._client.stop_pings()
 
-    async def count(self) -> None:
+    async def count(self, answer: Callable[[int], dict[str, Any]]) -> None:
         """Tells the client its prompt's tokens, for the model that would answer.
 
         Raises:
@@ -199,7 +199,7 @@ class Exchange:
             tokens = await services.counter.count(self._chat)
         record.estimate = tokens or record.estimate
         record.outcome, record.status = "ok", 200
-        await self._client.json(200, {"input_tokens": record.estimate}, record.headers())
+        await self._client.json(200, answer(record.estimate or 0), record.headers())
 
     async def _decide(self) -> Decision:
         services, record = self._services, self._record

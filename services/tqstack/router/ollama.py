@@ -31,25 +31,29 @@ class _Shown(NamedTuple):
 
 
 class Contexts:
-    """Tokens that each model of an Ollama can hold; of another server, what its models say."""
+    """Tokens that each model of an Ollama can hold; of another server, what its models say.
+
+    Attributes:
+        is_ollama: False once it has shown to be another server.
+    """
 
     def __init__(self, ask: Ask):
         self._ask = ask
-        self._is_ollama = True  # until it answers otherwise
+        self.is_ollama = True  # until it answers otherwise
         self._loaded: dict[str, int] = {}
         self._shown: dict[tuple[str, Any], _Shown] = {}
 
     def restart(self) -> None:
         """Another program may have come in its place."""
-        self._is_ollama = True
+        self.is_ollama = True
 
     async def fill_in(self, models: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Entries of `/v1/models`, each with its `context_length`."""
-        if not self._is_ollama:
+        if not self.is_ollama:
             return models
         status, listing = await self._get("/api/ps")
         if status != 200:
-            self._is_ollama = False
+            self.is_ollama = False
             return models
         entries = [entry for entry in listing.get("models") or () if isinstance(entry, dict)]
         lengths = {
@@ -64,7 +68,7 @@ class Contexts:
     def unknown(self, model: str) -> bool:
         """Whether only loading this model can tell."""
         shown = [shown for key, shown in self._shown.items() if key[0] == model]
-        return self._is_ollama and model not in self._loaded and not any(s.num_ctx for s in shown)
+        return self.is_ollama and model not in self._loaded and not any(s.num_ctx for s in shown)
 
     async def load(self, model: str, seconds: float) -> None:
         """Has the model loaded, as any request for it would."""

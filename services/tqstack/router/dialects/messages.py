@@ -118,6 +118,10 @@ class TokenCount(Messages):
         return super().to_chat({**request, "max_tokens": 1, "stream": False})
 
 
+def message_tokens(tokens: int) -> dict[str, Any]:
+    return {"input_tokens": tokens}
+
+
 class MessageStream(BlockStream):
     """`message_start`, then each block between its start and stop, then `message_stop`."""
 

@@ -114,6 +114,17 @@ class Responses:
         return error.body
 
 
+class InputTokens(Responses):
+    """`POST /v1/responses/input_tokens`: a request for an answer that is only to be counted."""
+
+    def to_chat(self, request: dict[str, Any]) -> dict[str, Any]:
+        return super().to_chat({**request, "stream": False})
+
+
+def input_tokens(tokens: int) -> dict[str, Any]:
+    return {"object": "response.input_tokens", "input_tokens": tokens}
+
+
 class _Items:
     """Writes blocks as output items."""
 
