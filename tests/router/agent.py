@@ -4,7 +4,7 @@ and says so."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from router.scripted import SSE, Script, Wire, usage_of
@@ -85,3 +85,28 @@ def _chunk(choice: dict[str, Any] | None, **extra: Any) -> bytes:
     body = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "demo"}
     body |= {"choices": [choice] if choice else [], **extra}
     return b"data: " + json.dumps(body).encode() + b"\n\n"
+
+
+ROME = {"name": "Rome", "people": 3}
+
+
+def helpful(wire: Wire) -> Awaitable[None]:
+    """Adds with the tool `add`; names a city in the form that is asked for; else just talks."""
+    request = wire.seen.json
+    names = {t["function"]["name"] for t in request.get("tools") or ()}
+    names |= {f["name"] for f in request.get("functions") or ()}
+    if "add" in names:
+        return works("add", lambda _: {"a": 40, "b": 2})(wire)
+    if request.get("functions"):
+        function = {"name": min(names), "arguments": json.dumps(ROME)}
+        return answer(wire, {"function_call": function}, finish_reason="function_call")
+    if names:
+        return works(min(names), lambda _: ROME)(wire)
+    asked = str(request["messages"]).lower()
+    return (
+        says_json(ROME)(wire) if "json" in asked or request.get("response_format") else talk(wire)
+    )
+
+
+async def talk(wire: Wire) -> None:
+    await answer(wire, {"content": "It is 42."})

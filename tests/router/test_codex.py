@@ -4,31 +4,21 @@ answer to its result."""
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 
 import pytest
 
-from router.agent import works
 from router.stack import Stack
+from router.try_clients import codex, command
 
-CODEX = os.environ.get("CODEX") or shutil.which("codex")
 
-
-@pytest.mark.skipif(not CODEX, reason="codex is not installed")
+@pytest.mark.skipif(not command("codex"), reason="codex is not installed")
 def test_codex_runs_a_command_and_reads_its_output(tmp_path):
     with Stack() as stack:
-        stack.sidecar.script = works("exec_command", lambda _: {"cmd": "echo forty-$((40+2))"})
-        work = tmp_path / "work"
-        (home := tmp_path / "home" / ".codex").mkdir(parents=True)
-        work.mkdir()
-        provider = f'{{name="tqstack", base_url="{stack.url}/v1", wire_api="responses"}}'
-        options = ["--dangerously-bypass-approvals-and-sandbox", "-m", "tq:demo"]
-        options += ["-c", f"model_providers.tq={provider}", "-c", "model_provider=tq"]
         done = subprocess.run(
-            [str(CODEX), "exec", "--skip-git-repo-check", *options, "what does echo say?"],
-            cwd=work,
-            env={**os.environ, "HOME": str(home.parent), "CODEX_HOME": str(home)},
+            codex(stack, tmp_path),
+            cwd=tmp_path,
+            env={**os.environ, "HOME": str(tmp_path), "CODEX_HOME": str(tmp_path)},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

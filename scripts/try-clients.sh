@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Runs every client of docs/clients.md that is installed against a router with a scripted model.
+# Folders with environments of their own (Python's, npm's): CLIENTS=FOLDER[:FOLDER...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+exec "${PYTHON:-.venv/bin/python}" -m pytest -q -rs --no-header tests/router/test_clients.py "$@"
