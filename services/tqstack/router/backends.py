@@ -102,6 +102,11 @@ class Backend:
         self._unspoken.add(path)
 
     @property
+    def is_ollama(self) -> bool:
+        """Whether it is an Ollama, and no other server in its place, as far as is known."""
+        return self._contexts is not None and self._contexts.is_ollama
+
+    @property
     def enabled(self) -> bool:
         return self.health.state != "off"
 
@@ -124,7 +129,7 @@ class Backend:
         lacks = frozenset()
         if self.name == "sidecar":
             lacks = _SIDECAR_LACKS - set(self.health.report.get("capabilities") or ())
-        elif self._contexts and self._contexts.is_ollama:
+        elif self.is_ollama:
             lacks = _OLLAMA_LACKS
         return View(self.name, state, models, own, busy, lacks)
 

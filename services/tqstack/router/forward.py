@@ -14,6 +14,7 @@ import orjson
 from tqstack.openai_api.body import ClientGone, read_body
 from tqstack.openai_api.errors import ApiError
 from tqstack.openai_api.schema import Passing, parse_json, validate
+from tqstack.router.amend import amended, ignored
 from tqstack.router.backends import Backend
 from tqstack.router.client import Client
 from tqstack.router.dialects import Dialect
@@ -247,10 +248,13 @@ class Exchange:
         path, dialect = self._endpoint.path, self._endpoint.dialect
         native = dialect is None or backend.speaks(path)
         if native:
-            body = with_model(self._body, self._request, step.model)
+            body = self._native_body(backend, step.model)
         else:
             body, path = orjson.dumps({**self._chat, "model": step.model}), _CHAT
         record.left_out = [] if native or not dialect else dialect.left_out(self._request)
+        if backend.is_ollama:
+            sent = self._request if native else self._chat
+            record.left_out += ignored(path, sent)
         relay = Relay(backend, services.settings, services.upstream, client, record)
         if dialect:
             relay.speak(dialect, self.original, translated=not native)
@@ -282,6 +286,14 @@ class Exchange:
         finally:
             backend.end()
         return None
+
+    def _native_body(self, backend: Backend, model: str) -> bytes:
+        """The request as it came, as far as the backend reads it."""
+        if backend.is_ollama and self._endpoint.path == _CHAT:
+            request = amended(self._request)
+            if request is not self._request:
+                return orjson.dumps({**request, "model": model})
+        return with_model(self._body, self._request, model)
 
     async def _give_up(self, failure: Failure, step: Decision) -> None:
         client, record, error = self._client, self._record, failure.error
