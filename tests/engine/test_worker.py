@@ -210,7 +210,7 @@ def test_a_step_that_fails_frees_what_its_jobs_held(runtime, text, monkeypatch):
     assert len(finished(worker, submit(worker, text[:300]))[0]) == 8 and empty(worker)
 
 
-def test_while_others_stream_a_prompt_takes_half_of_the_time(runtime, text):
+def test_while_others_stream_a_prompt_takes_less_than_half_of_the_time(runtime, text):
     worker = Worker(runtime, gap=0.2)
     submit(worker, text[:100], 10_000)
     worker.step()
@@ -233,7 +233,7 @@ def test_while_others_stream_a_prompt_takes_half_of_the_time(runtime, text):
     scheduler.was_read, scheduler.decoded = count_read, count_decoded
     for _ in range(300):
         worker.step()
-    assert 0.4 < decoding / (reading + decoding) < 0.7
+    assert 0.5 < decoding / (reading + decoding) < 0.75
 
 
 def test_events_tell_how_far_a_prompt_is_and_what_was_kept(runtime, text):

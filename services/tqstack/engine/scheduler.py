@@ -6,7 +6,8 @@ that is read for somebody else it counts a token less, and for each job that is 
 so that a long one waits for about as much work as it is itself, and no longer.
 
 While sequences decode, reading has `gap` seconds at a time, for a long prompt's chunk or for
-several short prompts; when they are used up, the sequences get as much time.
+several short prompts; when they are used up, the sequences get half as much again, or less if more
+prompts than sequences wait for theirs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Protocol
 
 SMALLEST_CHUNK = 32  # a step of fewer tokens costs as much
 ADMISSION = 256  # tokens by which one job more makes those age that were there before
+EARNED = 2 / 3  # seconds of reading for one of decoding: a stream keeps more than half its speed
 FIRST_CHUNK = 128  # beside others, before anything is known of this machine's speed
 
 
@@ -199,8 +201,11 @@ class Scheduler:
         return waiter
 
     def decoded(self, seconds: float) -> None:
-        """All sequences have made a token."""
-        self._credit = min(self.gap, self._credit + seconds)
+        """All sequences have made a token. Reading earns time by that, more of it if more prompts
+        wait than sequences decode: every job then gets about the same share."""
+        reads = min(self.waits + len(self._reading), self.running - len(self._decoding))
+        share = max(1.0, reads / max(1, len(self._decoding)))
+        self._credit = min(self.gap, self._credit + EARNED * share * seconds)
         self._spent = self._spent and self._credit < self.gap
 
 
