@@ -11,7 +11,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from router.scripted import answers, whole
+from router.scripted import answers, says, whole
 from router.stack import Stack
 from tqstack.router.app import FORWARDED
 from tqstack.settings import SettingsError, load_settings
@@ -221,14 +221,43 @@ MESSAGE = st.fixed_dictionaries(
     },
 )
 NAMES = "model max_tokens temperature top_p stop seed n tools tool_choice response_format logprobs"
-FIELDS = dict.fromkeys((*NAMES.split(), "prompt", "input", "stream_options"), JSON)
-REQUEST = st.fixed_dictionaries({}, optional={"messages": st.lists(MESSAGE) | JSON, **FIELDS})
+NAMES += " prompt input stream_options system thinking output_config instructions include text"
+NAMES += " reasoning store previous_response_id stop_sequences tokens max_completion_tokens"
+FIELDS = dict.fromkeys(NAMES.split(), JSON)
+KINDS = "message function_call custom_tool_call function_call_output reasoning local_shell_call"
+KINDS += " text thinking tool_use tool_result image document input_text input_image"
+ITEM = st.fixed_dictionaries(
+    {"type": st.sampled_from(KINDS.split())},
+    optional={
+        **dict.fromkeys(("content", "output", "name", "arguments", "input", "action"), JSON),
+        **dict.fromkeys(("text", "call_id", "tool_use_id", "source", "summary", "thinking"), JSON),
+        "role": st.sampled_from(["user", "assistant", "system", "developer"]),
+    },
+)
+TOOL = st.fixed_dictionaries(
+    {"type": st.sampled_from(["function", "custom", "namespace", "local_shell", "web_search"])},
+    optional=dict.fromkeys(("name", "tools", "format", "parameters", "input_schema"), JSON),
+)
+BLOCKS = st.fixed_dictionaries({"role": st.just("user"), "content": st.lists(ITEM, max_size=3)})
+REQUEST = st.fixed_dictionaries(
+    {},
+    optional={
+        **FIELDS,
+        "messages": st.lists(MESSAGE) | st.lists(BLOCKS, max_size=3) | JSON,
+        "input": st.lists(ITEM, max_size=3) | JSON,
+        "tools": st.lists(TOOL, max_size=3) | JSON,
+        "max_tokens": st.just(5) | JSON,
+        "model": st.just("tq:"),
+        "stream": st.booleans(),
+    },
+)
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from([endpoint.path for endpoint in FORWARDED]), REQUEST | JSON)
 def test_no_request_is_answered_with_a_fault_of_the_router(stack, path, body):
-    stack.ollama.script = stack.sidecar.script = answers(200, whole("fine"))
+    stack.ollama.script = stack.sidecar.script = says("fine")
+    stack.sidecar.extra = {"/tokenize": {"count": 1}, "/detokenize": {"prompt": "a"}}
     response = stack.http.post(path, content=json.dumps(body))
     assert response.status_code in (200, 400)
     if response.status_code == 400:

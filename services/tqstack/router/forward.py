@@ -158,7 +158,9 @@ class Exchange:
         self._relay: Relay | None = None
         # Each text to embed is a prompt of its own: their sum says nothing.
         self._slack = 1.0 if "embeddings" in endpoint.needs else _SLACK
-        record.model, record.stream = request.get("model") or "", bool(request.get("stream"))
+        record.model = request.get("model") or ""
+        # What is asked of one kind of backend only is no text: it comes in one piece.
+        record.stream = bool(request.get("stream")) and not endpoint.needs
 
     async def run(self) -> None:
         """Answers the client.
