@@ -107,6 +107,7 @@ class Scheduler:
     _queue: dict[int, Waiter] = field(default_factory=dict)
     _reading: dict[int, Waiter] = field(default_factory=dict)
     _decoding: dict[int, Waiter] = field(default_factory=dict)
+    _blocked: set[int] = field(default_factory=set)  # had no room, and nobody has gone since
     _pace: float = 0.0  # seconds that reading a token takes; 0: unknown
     _credit: float = field(init=False)  # seconds that reading may take now
     _spent: bool = False  # whether the sequences that decode get their time now
@@ -135,6 +136,7 @@ class Scheduler:
         """A job has ended, or was cancelled."""
         for where in (self._queue, self._reading, self._decoding):
             where.pop(job, None)
+        self._blocked.clear()
         if not self._decoding:
             self._credit, self._spent = self.gap, False
 
@@ -157,7 +159,7 @@ class Scheduler:
                 break
             if ahead is not None and waiter.rank >= ahead and waiter.left:
                 continue
-            if admission := self.memory.admit(waiter.job):
+            if admission := self._room(waiter.job):
                 waiter.chunk, waiter.read = admission.chunk, admission.read
                 waiter.stops = admission.stops
                 for earlier in (*self._queue.values(), *self._reading.values()):
@@ -166,10 +168,19 @@ class Scheduler:
                 break
             if not self.runs:  # nothing will make more room than there is now
                 refused.append(waiter.job)
-                del self._queue[waiter.job]
+                self.remove(waiter.job)
             elif waiter.rank <= 0:  # overtaken often enough: the next room is its own
                 break
         return tuple(refused)
+
+    def _room(self, job: int) -> Admission | None:
+        """Room for a job; one that had none is not tried again before somebody has gone."""
+        if job in self._blocked:
+            return None
+        admission = self.memory.admit(job)
+        if not admission:
+            self._blocked.add(job)
+        return admission
 
     def _chunk(self, waiter: Waiter) -> int:
         """Tokens of its next chunk: a full one, or what goes into the gap of those who wait."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
+
 from tqstack.engine.disk import DiskStore
 from tqstack.engine.worker import Worker
 from tqstack.machine import accelerator, cache_folder
@@ -38,6 +40,10 @@ class Loader:
 
 def new_worker(settings: Settings, runtime: Runtime) -> Worker:
     """The worker of a loaded model, with the limits that the settings give."""
+    # Memory that MLX has freed and keeps for later is memory too: of that no more than a step
+    # needs, and none beyond the budget.
+    mx.set_cache_limit(runtime.plan.workspace)
+    mx.set_memory_limit(runtime.plan.budget)
     gap = settings.sidecar_stream_gap_ms
     if gap == "auto":
         gap = 1000 if accelerator() == "cpu" else 250
