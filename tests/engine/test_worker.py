@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from engine.jobs import answer, finished, submit
 from tqstack.engine.budget import SMALLEST_CHUNK
+from tqstack.engine.disk import DiskStore
 from tqstack.engine.jobs import JobError, Progress, Removed
 from tqstack.engine.sampling import Sampling
 from tqstack.engine.worker import Worker
@@ -62,10 +63,18 @@ def test_memory_stays_within_the_budget_on_the_demo_model(runtime, text):
     drive(runtime, text, 1, 1500, 2)
 
 
-def drive(runtime, text, seed, tokens, sequences):
+def test_memory_stays_within_the_budget_while_prefixes_are_written(tiny, noise, tmp_path):
+    runtime = tiny()
+    disk = DiskStore(tmp_path, 1 << 30, runtime.fingerprint)
+    drive(runtime, noise, 5, 1500, 2, disk)
+    disk.close()
+    assert disk.written
+
+
+def drive(runtime, text, seed, tokens, sequences, disk=None):
     """Prompts of any length come and go; books, bytes and answers are checked all the while."""
     rng = random.Random(seed)
-    worker = Worker(limited(runtime, tokens, sequences), gap=0.2)
+    worker = Worker(limited(runtime, tokens, sequences), gap=0.2, disk=disk)
     mx.clear_cache()
     others = mx.get_active_memory() - runtime.plan.weights
     mx.reset_peak_memory()
@@ -85,6 +94,8 @@ def drive(runtime, text, seed, tokens, sequences):
             if worker.busy:
                 worker.step()
                 check(worker)
+            else:
+                worker.rest()
     while worker.busy:
         worker.step()
         check(worker)
