@@ -258,6 +258,8 @@ REQUEST = st.fixed_dictionaries(
 def test_no_request_is_answered_with_a_fault_of_the_router(stack, path, body):
     stack.ollama.script = stack.sidecar.script = says("fine")
     stack.sidecar.extra = {"/tokenize": {"count": 1}, "/detokenize": {"prompt": "a"}}
+    if path == "/v1/embeddings" and isinstance(body, dict):
+        body.pop("stream", None)  # no backend streams these, and the scripted one would
     response = stack.http.post(path, content=json.dumps(body))
     assert response.status_code in (200, 400)
     if response.status_code == 400:

@@ -6,9 +6,13 @@ import json
 
 import pytest
 
-from router.agent import parallel
+from router.agent import answer, parallel
+from router.scripted import Wire
 from router.stack import Stack
-from tqstack.router.tool_calls import CallNumbers, CallRepair
+from tqstack.router.repair import ChatRepair
+from tqstack.router.tool_calls import CallNumbers
+
+NAMES = ("reasoning", "reasoning_content")
 
 
 def delta(index, call_id="", name="", arguments=""):
@@ -42,7 +46,23 @@ def test_what_is_right_passes_byte_by_byte():
     )
     other = b'data: {"choices":[{"delta":{"content":"tool_calls"}}]}\n\n: hm\n\ndata: [DONE]\n\n'
     for data in (right, other, b'data: {"tool_calls": broken\n\n', b'data: ["tool_calls"]\n\n'):
-        assert CallRepair().feed(data) == data
+        assert ChatRepair().feed(data) == data
+
+
+@pytest.mark.parametrize("name, other", [NAMES, NAMES[::-1]])
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_has_both_names_that_clients_read(name, other, stream):
+    async def script(wire: Wire) -> None:
+        await answer(wire, {name: "hm", "content": "yes"})
+
+    with Stack() as stack:
+        stack.sidecar.script = script
+        response = stack.chat(model="tq:", stream=stream)
+        if stream:
+            first = json.loads(response.text.split("\n")[0][6:])["choices"][0]["delta"]
+        else:
+            first = response.json()["choices"][0]["message"]
+        assert first[name] == first[other] == "hm"
 
 
 @pytest.mark.parametrize("index", [0, None])

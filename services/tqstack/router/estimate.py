@@ -120,7 +120,8 @@ def _gather(value: Any, texts: list[str]) -> int:
     for key in ("content", "text", "reasoning_content", "input", "output", "arguments"):
         if value.get(key):
             images += _gather(value[key], texts)
-    for call in value.get("tool_calls") or ():
+    calls = value.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
         if isinstance(call, dict) and isinstance(call.get("function"), dict):
             texts.append(str(call["function"]))
     return images

@@ -19,7 +19,7 @@ from tqstack.router.client import Client, encode
 from tqstack.router.dialects import Dialect
 from tqstack.router.failure import Failure
 from tqstack.router.journal import Record
-from tqstack.router.tool_calls import CallRepair
+from tqstack.router.repair import ChatRepair, repair_whole
 from tqstack.router.upstream import Answer, Upstream, UpstreamError
 from tqstack.router.watch import StreamWatch
 from tqstack.settings import Settings
@@ -130,7 +130,7 @@ class Relay:
         self._record.status = 200
         self._record.mark_first_token()
         translated = client.stream if self._translated else None
-        change = translated.feed if translated else CallRepair().feed
+        change = translated.feed if translated else ChatRepair().feed
         ready = change(ready)
         while not watch.done and watch.error is None:
             if ready:
@@ -191,6 +191,8 @@ class Relay:
             self._take_usage(value.get("usage"), None)
             if self._dialect and self._translated:
                 value = self._dialect.from_chat(value, self._request)
+                body = orjson.dumps(value)
+            elif repair_whole(value):
                 body = orjson.dumps(value)
             self._keep(value)
         except (ValueError, TypeError, AttributeError, LookupError):

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
 
 @dataclass(slots=True)
 class _Call:
@@ -48,44 +46,3 @@ def _begins(current: _Call, call_id: str, name: str) -> bool:
     if call_id and current.id:
         return call_id != current.id
     return bool(name) and current.named and current.filled
-
-
-class CallRepair:
-    """Puts the right index into a chat stream's tool calls; every other byte passes as it is."""
-
-    def __init__(self) -> None:
-        self._choices: dict[Any, CallNumbers] = {}
-
-    def feed(self, events: bytes) -> bytes:
-        """Whole events of a chat stream, as the client is to see them."""
-        if b'"tool_calls"' not in events:
-            return events
-        return b"".join(map(self._line, events.splitlines(keepends=True)))
-
-    def _line(self, line: bytes) -> bytes:
-        if not line.startswith(b"data:") or b'"tool_calls"' not in line:
-            return line
-        try:
-            chunk = orjson.loads(line[5:])
-        except orjson.JSONDecodeError:
-            return line
-        if not isinstance(chunk, dict) or not self._repaired(chunk):
-            return line
-        end = line[len(line.rstrip(b"\r\n")) :]
-        return b"data: " + orjson.dumps(chunk) + end
-
-    def _repaired(self, chunk: dict[str, Any]) -> bool:
-        """Whether an index had to be changed."""
-        changed = False
-        for choice in _objects(chunk.get("choices")):
-            delta = choice.get("delta")
-            numbers = self._choices.setdefault(choice.get("index"), CallNumbers())
-            for call in _objects(delta.get("tool_calls") if isinstance(delta, dict) else None):
-                number = numbers.number(call)
-                changed = changed or call.get("index") != number
-                call["index"] = number
-        return changed
-
-
-def _objects(value: Any) -> list[dict[str, Any]]:
-    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
