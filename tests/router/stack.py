@@ -10,6 +10,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar, cast
 
+import anthropic
 import httpx
 import openai
 import uvloop
@@ -45,6 +46,9 @@ class Stack:
         self.http = httpx.Client(base_url=self.url, timeout=20, trust_env=False)
         self.openai = openai.OpenAI(
             base_url=self.url + "/v1", api_key="none", max_retries=0, timeout=20
+        )
+        self.anthropic = anthropic.Anthropic(
+            base_url=self.url, api_key="none", max_retries=0, timeout=20
         )
         return self
 

@@ -67,9 +67,6 @@ def thinks_and_calls(finish: str = "tool_calls") -> Script:
 @pytest.fixture(scope="module")
 def stack():
     with Stack() as stack:
-        stack.anthropic = anthropic.Anthropic(
-            base_url=stack.url, api_key="none", max_retries=0, timeout=20
-        )
         yield stack
 
 

@@ -25,9 +25,6 @@ SYSTEM = [
 @pytest.fixture(scope="module")
 def stack():
     with Stack() as stack:
-        stack.anthropic = anthropic.Anthropic(
-            base_url=stack.url, api_key="none", max_retries=0, timeout=20
-        )
         yield stack
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 
 from tqstack.bench.prompts import HeldOutText
-from tqstack.bench.servers import Server
+from tqstack.bench.servers import Server, in_turn
 from tqstack.bench.serving import median, present
 from tqstack.bench.streams import Answer, http_client, stream
 
@@ -89,7 +89,7 @@ async def _run(
         for server in servers:
             await stream(client, server, {"prompt": text.prompt("warm", 64), "max_tokens": 8})
         for turn in range(plan.rounds):
-            for server in servers[:: -1 if turn % 2 else 1]:
+            for server in in_turn(servers, turn):
                 samples[server].append(await _sample(client, server, text, plan, turn))
                 advance()
     return [_row(server.name, found) for server, found in samples.items()]

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from tqstack.bench.processes import end
 from tqstack.bench.router.targets import free_port
 
 START_SECONDS = 900  # for loading a large model
@@ -130,7 +131,13 @@ def sidecar(model: str, key: str) -> Iterator[Server]:
             server = Server("sidecar", f"http://127.0.0.1:{port}", "", key)
             yield replace(server, model=_wait_until_loaded(server, process, log))
         finally:
-            _end(process)
+            end(process, 20)
+
+
+def in_turn(servers: Sequence[Server], turn: int) -> Sequence[Server]:
+    """The servers in the order of a round: every other one goes backwards, so that none is always
+    measured behind the same other."""
+    return servers[:: -1 if turn % 2 else 1]
 
 
 def _wait_until_loaded(server: Server, process: subprocess.Popen[bytes], log: Path) -> str:
@@ -152,12 +159,3 @@ def _wait_until_loaded(server: Server, process: subprocess.Popen[bytes], log: Pa
 
 def _get(url: str, headers: dict[str, str]) -> httpx.Response:
     return httpx.get(url, headers=headers, timeout=10, trust_env=False)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

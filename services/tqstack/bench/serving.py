@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from tqstack.bench.prompts import HeldOutText
-from tqstack.bench.servers import Server
+from tqstack.bench.servers import Server, in_turn
 from tqstack.bench.streams import Answer, http_client, stream
 
 
@@ -110,7 +110,7 @@ async def _run(
     async with http_client() as client:
         for turn in range(plan.rounds + 1):
             for many in plan.concurrency:
-                for server in servers[:: -1 if turn % 2 else 1]:
+                for server in in_turn(servers, turn):
                     answers, seconds = await _burst(client, server, text, plan, many, turn)
                     if turn:  # the first warms up: kernels are compiled, pages are there
                         samples[server, many].add(answers, seconds)

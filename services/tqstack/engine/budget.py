@@ -7,9 +7,10 @@ first, and those that a waiting job will use last. Before a job is refused its c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from tqstack.attention.blocks import BLOCK_TOKENS
 from tqstack.attention.pool import Pool, PoolFullError
 from tqstack.engine.prefix import Node
 from tqstack.engine.store import PrefixStore
@@ -37,7 +38,7 @@ class Costs:
     token: int
     workspace: Callable[[int], int]
     exact: int = 0
-    block_tokens: int = 128
+    block_tokens: int = BLOCK_TOKENS
 
     def blocks(self, tokens: int) -> int:
         """Blocks that are packed when a sequence has so many tokens."""
@@ -106,7 +107,7 @@ class Budget:
         """Blocks that were promised, and not taken yet."""
         return sum(max(0, p.blocks - self._held(job)) for job, p in self._promises.items())
 
-    def _workspace(self, promises) -> int:
+    def _workspace(self, promises: Iterable[Promise]) -> int:
         return max((self._costs.workspace(p.chunk) for p in promises), default=0)
 
     def _fixed(self, promises: list[Promise]) -> int:

@@ -65,11 +65,6 @@ def keep(batch: Cache, rows: Sequence[int]) -> None:
         settle([entry])
 
 
-def can_batch(cache: Cache) -> bool:
-    """Whether sequences of such caches can decode together."""
-    return all(hasattr(type(entry), "merge") for entry in cache)
-
-
 def settle(cache: Cache) -> None:
     """Compute what has been stored, and let go of what was needed for it."""
     mx.eval([x for entry in cache for x in _arrays(entry)])

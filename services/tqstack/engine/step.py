@@ -130,13 +130,13 @@ class Model:
         stay = [i for i, running in enumerate(self.batch) if running not in gone]
         if len(stay) == len(self.batch):
             return
-        batch, self.batch = self.batch, [self.batch[i] for i in stay]
+        self.batch = [self.batch[i] for i in stay]
         if not stay:
             self.cache, self._next = [], None
             return
         assert self._next is not None
         self._next = self._next[mx.array(stay)]
-        if len(stay) == 1 and len(batch) > 1:
+        if len(stay) == 1:
             self.cache = caches.row(self.cache, stay[0])
         else:
             caches.keep(self.cache, stay)

@@ -79,13 +79,6 @@ class Plan:
     def fits(self, tokens: int, held: int = 0) -> bool:
         return self.total(tokens, held) <= self.budget
 
-    def fits_together(self, lengths: Sequence[int], held: int = 0, prefills: int = 1) -> bool:
-        """Whether sequences of these lengths fit as one batch beside `held` bytes. `prefills` of
-        them have prompts processed, in one step."""
-        taken = [max(lengths)] * len(lengths) if self.padded else lengths
-        batch = sum(map(self.request_bytes, taken)) + prefills * self.workspace
-        return self.weights + held + batch <= self.budget
-
     def max_tokens(self, held: int = 0) -> int:
         """The longest sequence that fits beside `held` bytes."""
         free = self.budget - self.total(0, held)

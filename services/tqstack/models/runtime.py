@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,9 @@ class Runtime(Facts):
     def exact_tokens(self) -> int:
         return self.cache.exact_tokens
 
-    @property
-    def end_tokens(self) -> list[int]:
-        return sorted(self.tokenizer.eos_token_ids)
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.eos_token_ids)
 
     @property
     def facts(self) -> Facts:

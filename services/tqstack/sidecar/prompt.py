@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from tqstack.engine.places import MERGES
 from tqstack.openai_api.errors import bad_request
 from tqstack.openai_api.messages import SYSTEM, fold_system, merge_leading
 from tqstack.openai_api.schema import ChatRequest, Message, TextRequest
@@ -19,7 +20,6 @@ from tqstack.sidecar.template import template_options
 _REFUSALS = (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 
 HEADER_TOKENS = 4  # most tokens between two markers of a message's header
-MERGES = 8  # last tokens of a text that other text may merge with differently
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tqstack.bench.processes import end
+
 
 @dataclass
 class Target:
@@ -60,12 +62,7 @@ def running(command: list[str], proxy: bool, **options: Any) -> Iterator[subproc
     try:
         yield process
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process, 10)
 
 
 def pin(pid: int, proxy: bool) -> None:
