@@ -12,7 +12,7 @@ import pytest
 from attention import cpp_kernels
 from attention.cpp_kernels import both_layouts, in_cpp  # noqa: F401
 from tqstack.attention.blocks import ROW_BITS, BlockLayout, Stored
-from tqstack.attention.kernels import decode
+from tqstack.attention.kernels import arguments, decode
 from tqstack.attention.tiled import tiled_attention
 from tqstack.turboquant.codec import make_codec
 
@@ -285,7 +285,7 @@ def test_the_plain_twin_agrees():
 def test_a_table_is_made_once_while_it_stays_the_same():
     table, longer = tuple(range(8)), tuple(range(9))
     first, again, other = (
-        decode._table_of_blocks(decode._SameObject(ids)) for ids in (table, table, longer)
+        arguments.table_of_blocks(arguments.SameObject(ids)) for ids in (table, table, longer)
     )
     assert again is first and first.shape == (1, 8)
     assert other.shape == (1, 16) and other[0, :9].tolist() == list(longer)

@@ -10,7 +10,7 @@ import pytest
 from attention import cpp_kernels
 from attention.cpp_kernels import in_cpp  # noqa: F401
 from tqstack.attention.blocks import BlockLayout, Stored
-from tqstack.attention.kernels import choose, decode, encode, trust
+from tqstack.attention.kernels import arguments, choose, decode, encode, trust
 from tqstack.attention.kernels.encoding import encode_pair
 from tqstack.attention.kernels.program import FOLDER
 from tqstack.attention.tiled import tiled_attention
@@ -43,7 +43,7 @@ def test_bodies_use_no_word_that_metal_reserves():
 def test_the_kernel_declines_codecs_it_cannot_read():
     whole = make_codec("tq4", 64)
     for other in ("tq3.5", "none"):
-        assert not decode.serves(make_codec(other, 64), whole)
+        assert not arguments.serves(make_codec(other, 64), whole)
         assert not encode.serves(whole, make_codec(other, 64))
 
 

@@ -3,27 +3,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import numpy as np
 
+from tqstack.attention.kernels.arguments import (
+    NO_SLAB,
+    UNUSED,
+    SameObject,
+    ScalarCodec,
+    at_least_8,
+    call_of,
+    code_table,
+    constants,
+    extents_of,
+    four_axes,
+    hadamard_signs,
+    slab_arguments,
+    strides_of,
+    table_of_blocks,
+)
 from tqstack.attention.kernels.program import Program
-from tqstack.turboquant.lloyd import LloydCodec
-from tqstack.turboquant.rotation import RandomHadamard
-from tqstack.turboquant.trellis import TrellisCodec
 
 if TYPE_CHECKING:
     from tqstack.attention.blocks import Stored
-
-ScalarCodec = LloydCodec | TrellisCodec  # a plane of codes, a plane of scales
 
 MAX_QUERY_TOKENS = 8
 # As in stored.h, attend.h, exact.h and merge.h: query rows and threads of a block, threads of one
 # that merges, keys of a tail per block, and keys of a warp's step.
 COLUMNS, THREADS, MERGERS, EXACT_KEYS, TILE = 8, 128, 512, 32, 16
+FEW_MERGERS = 128  # for no more splits than that
 # Two blocks for each of 132 multiprocessors; each has at least a step for every warp.
 BLOCKS, KEYS_PER_BLOCK = 264, 64
 
@@ -71,23 +82,45 @@ MERGE = Program(
     name="merge",
     headers=(*_SHARED_HEADERS, "merge.h"),
     call="""
-SHARED_ARRAY float memory[Merge<DV>::SHARED_WORDS];
-merge<DV, SINKS, ROTATE>(
+SHARED_ARRAY float memory[Merge<DV, MERGERS>::SHARED_WORDS];
+merge<DV, MERGERS, SINKS, ROTATE>(
     parts, stats, sinks, signs, (IN(Call))call, out, memory, tid, block.x, block.y);""",
     inputs=("parts", "stats", "sinks", "signs", "call"),
     outputs=("out",),
 )
 
 
-@lru_cache(maxsize=64)
-def serves(*codecs: object) -> bool:
-    """Whether the kernel can read these codecs: one plane of codes of whole bits."""
-    return all(
-        (isinstance(codec, LloydCodec) and codec.bits % 1 == 0)
-        # Lanes read whole bytes of a stream, the last one around its end.
-        or (isinstance(codec, TrellisCodec) and codec.dim % 64 == 0)
-        for codec in codecs
+def merged(
+    parts: mx.array,
+    stats: mx.array,
+    call: mx.array,
+    queries: mx.array,
+    codec: ScalarCodec,
+    kv_heads: int,
+    sinks: mx.array | None,
+) -> mx.array:
+    """The sums of all splits as an answer like the queries. parts: (groups of COLUMNS rows, splits,
+    COLUMNS, d); sinks: (query heads,) or more in float32, or None; codec: of the values."""
+    B, heads, L, _ = queries.shape
+    shape, signs = (B, heads, L, codec.dim), hadamard_signs(codec)
+    mergers = FEW_MERGERS if parts.shape[1] <= FEW_MERGERS else MERGERS
+    (out,) = MERGE(
+        [
+            *(parts, stats, UNUSED if sinks is None else sinks),
+            *(UNUSED if signs is None else signs, call),
+        ],
+        template={
+            **{"DV": codec.dim, "MERGERS": mergers},
+            **{"SINKS": sinks is not None, "ROTATE": signs is not None},
+        },
+        blocks=(heads // kv_heads * L, B * kv_heads, 1),
+        threads=mergers,
+        outputs=[((2, *shape), mx.float32) if signs is None else (shape, queries.dtype)],
     )
+    if signs is not None:
+        return out
+    exact, packed = out
+    return (exact + codec.unrotate(packed)).astype(queries.dtype)
 
 
 def decode_attention(
@@ -116,11 +149,11 @@ def decode_attention(
     share, splits = _division(packed, layout.kv_heads * -(-rows // COLUMNS), exact_splits)
     slabs = stored.slabs or (NO_SLAB,)
     slabs += (slabs[-1],) * (slab_arguments(len(slabs)) - len(slabs))
-    table = _table_of_blocks(*map(_SameObject, stored.tables))
-    array_mask = None if mask is None or isinstance(mask, str) else _four_axes(mask)
-    call = _call(
+    table = table_of_blocks(*map(SameObject, stored.tables))
+    array_mask = None if mask is None or isinstance(mask, str) else four_axes(mask)
+    call = call_of(
         *(B, layout.kv_heads, table.shape[1], slots, exact_splits, splits, share, rows, L),
-        *(stored.exact_tokens, int(isinstance(mask, str)), window, *_strides(array_mask)),
+        *(stored.exact_tokens, int(isinstance(mask, str)), window, *strides_of(array_mask)),
         scale=float(scale),
     )
     variant = (array_mask is not None, sinks is not None, exact_splits + splits)
@@ -128,7 +161,7 @@ def decode_attention(
     return launch(
         queries,
         slabs,
-        (table, _extents(stored.starts, stored.lengths), stored.tail_keys, stored.tail_values),
+        (table, extents_of(stored.starts, stored.lengths), stored.tail_keys, stored.tail_values),
         call,
         UNUSED if array_mask is None else at_least_8(array_mask),
         UNUSED if sinks is None else at_least_8(sinks.astype(mx.float32)),
@@ -146,8 +179,8 @@ def _launch(
 ) -> Callable[..., mx.array]:
     """Both kernels as one compiled step: MLX writes out a kernel's source at every launch from
     Python, which takes longer than a short context needs on the GPU."""
-    key_signs, value_signs = hadamard_signs(key_codec), hadamard_signs(value_codec)
-    tables = _code_table(key_codec), _code_table(value_codec)
+    key_signs = hadamard_signs(key_codec)
+    tables = code_table(key_codec), code_table(value_codec)
     fixed = {
         **constants(key_codec, value_codec),
         "ROTATE": key_signs is not None,
@@ -176,101 +209,12 @@ def _launch(
                 ((groups, splits, 2, COLUMNS), mx.float32),
             ],
         )
-        shape = (B, heads, L, dim)
-        (out,) = MERGE(
-            [parts, stats, sinks, UNUSED if value_signs is None else value_signs, call],
-            template={"DV": dim, "SINKS": with_sinks, "ROTATE": value_signs is not None},
-            blocks=(rows, B * kv_heads, 1),
-            threads=MERGERS,
-            outputs=[((2, *shape), mx.float32) if value_signs is None else (shape, queries.dtype)],
+        return merged(
+            parts, stats, call, queries, value_codec, kv_heads, sinks if with_sinks else None
         )
-        if value_signs is not None:
-            return out
-        exact, packed = out
-        return (exact + value_codec.unrotate(packed)).astype(queries.dtype)
 
     # A mask is longer at every token: there would be a trace for each.
     return launch if masked else mx.compile(launch)
-
-
-def constants(key_codec: ScalarCodec, value_codec: ScalarCodec) -> dict[str, int | bool]:
-    """What `attend` is compiled for."""
-    key, value = _code(key_codec), _code(value_codec)
-    return {
-        "DK": key_codec.dim,
-        "DV": value_codec.dim,
-        **{"KB": key[0], "KW": key[1], "KG": key_codec.dim // key[2]},
-        **{"VB": value[0], "VW": value[1], "VG": value_codec.dim // value[2]},
-        "ONE_TABLE": key == value,
-    }
-
-
-def _code(codec: ScalarCodec) -> tuple[int, int, int]:
-    """(bits, window or 0, values that share a scale); the same code has the same levels."""
-    if isinstance(codec, TrellisCodec):
-        return codec.bits, codec.window, codec.dim
-    return int(codec.bits), 0, codec.group
-
-
-@lru_cache(maxsize=16)
-def hadamard_signs(codec: ScalarCodec) -> mx.array | None:
-    """The random signs (dim,) of a rotation that the kernels do themselves: one Hadamard block."""
-    rotation, dim = codec.rotation, codec.dim
-    if not isinstance(rotation, RandomHadamard) or dim < 32 or dim & (dim - 1):
-        return None
-    return rotation.signs.reshape(-1)
-
-
-# Metal passes inputs of fewer than 8 entries in another address space. Not `mx.zeros`, which would
-# still be to be computed: compiled steps may not capture that.
-UNUSED = mx.array([0.0] * 8)
-NO_SLAB = mx.array([0] * 8, dtype=mx.uint32)
-
-
-def at_least_8(x: mx.array) -> mx.array:
-    flat = x.reshape(-1)
-    return flat if x.size >= 8 else mx.concatenate([flat, mx.zeros(8 - x.size, dtype=x.dtype)])
-
-
-class _SameObject:
-    """A tuple as a key of a cache that looks at its identity: comparing thousands of ids takes
-    longer than a launch."""
-
-    def __init__(self, ids: tuple[int, ...]):
-        self.ids = ids
-
-    def __hash__(self) -> int:
-        return id(self.ids)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _SameObject) and self.ids is other.ids
-
-
-@lru_cache(maxsize=16)
-def _table_of_blocks(*tables: _SameObject) -> mx.array:
-    """(B, capacity) ids, a power of two of them: a shape that lasts is a trace that lasts."""
-    capacity = max(8, _power_of_two(max(len(table.ids) for table in tables)))
-    ids = np.zeros((len(tables), capacity), dtype=np.int32)
-    for row, table in zip(ids, tables, strict=True):
-        row[: len(table.ids)] = table.ids
-    return mx.array(ids)
-
-
-def slab_arguments(slabs: int) -> int:
-    """Slabs that a program takes, some of them twice: few programs to compile."""
-    return _power_of_two(max(1, slabs))
-
-
-def _power_of_two(n: int) -> int:
-    """The next one, n or more."""
-    return 1 << max(0, n - 1).bit_length()
-
-
-@lru_cache(maxsize=64)
-def _extents(starts: Sequence[int], lengths: Sequence[int]) -> mx.array:
-    """`struct Extent` of every sequence."""
-    pairs = list(zip(starts, lengths, strict=True))
-    return at_least_8(mx.array(pairs, dtype=mx.int32))
 
 
 def _first_tile(length: int, query_tokens: int, window: int) -> int:
@@ -296,38 +240,3 @@ def _division(packed: tuple[int, ...], repeats: int, exact_splits: int) -> tuple
         while sum(-(-n // share) for n in packed) * repeats > places:
             share += TILE
     return share, -(-max(packed) // share)
-
-
-@lru_cache(maxsize=64)
-def _call(*integers: int, scale: float) -> mx.array:
-    """`struct Call`; the layers of a model share it."""
-    bits = np.array([scale], dtype=np.float32).view(np.int32)
-    return mx.array(np.concatenate([np.array(integers, dtype=np.int32), bits]))
-
-
-def _four_axes(mask: mx.array) -> mx.array:
-    mask = mask.reshape(*([1] * (4 - mask.ndim)), *mask.shape)
-    return mask if mask.dtype == mx.bool_ else mask.astype(mx.float32)
-
-
-def _strides(mask: mx.array | None) -> list[int]:
-    """In entries; 0 for axes that broadcast."""
-    if mask is None:
-        return [0] * 4
-    strides, step = [], 1
-    for size in reversed(mask.shape):
-        strides.insert(0, step if size > 1 else 0)
-        step *= size
-    return strides
-
-
-@lru_cache(maxsize=16)
-def _code_table(codec: ScalarCodec) -> mx.array:
-    """Halves that a field of the codes stands for, as words: two codes up to 4 bits, else, and
-    for the windows of a trellis, the same value twice."""
-    trellis = isinstance(codec, TrellisCodec)
-    levels = codec.codebook if trellis else codec.codes[0].codebook
-    words = levels.astype(np.float16).view(np.uint16).astype(np.uint32)
-    if trellis or codec.bits > 4:
-        return mx.array(words | (words << 16))
-    return mx.array(np.tile(words, len(words)) | (np.repeat(words, len(words)) << 16))

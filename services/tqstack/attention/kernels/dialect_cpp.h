@@ -21,6 +21,8 @@
 #define UNROLL_8
 #define LOOP
 
+#define SHARED_MEMORY(name, words) static word name[words]
+
 #define CONST static constexpr
 
 typedef uint32_t word;
@@ -165,12 +167,18 @@ FN int fragment_lane(int row, int pair) {
   return (row & 4) * 4 + (pair & 2) * 4 + (row & 3) * 2 + (pair & 1);
 }
 FN int row_lanes(int i) { return i == 2 ? 16 : 2 << i; }
+FN int pair_lanes(int i) { return i == 1 ? 8 : 1; }
+CONST bool STAGED = false;
+CONST int FLASH_KEYS = 32, SHARERS = 2;
 #else
 CONST bool RIGHT_BY_COLUMNS = true;
 FN int fragment_row(int lane) { return lane >> 2; }
 FN int fragment_pair(int lane) { return lane & 3; }
 FN int fragment_lane(int row, int pair) { return 4 * row + pair; }
 FN int row_lanes(int i) { return 4 << i; }
+FN int pair_lanes(int i) { return 1 << i; }
+CONST bool STAGED = true;
+CONST int FLASH_KEYS = 64, SHARERS = 1;
 #endif
 
 FN float half_of(word pair, int which) { return which ? high_half(pair) : low_half(pair); }
@@ -238,3 +246,24 @@ CONST int TABLE_COPIES = 4;
 // A mask's entry as a summand of the score.
 FN float mask_value(bool seen) { return seen ? 0.0f : -2e30f; }
 FN float mask_value(float summand) { return summand; }
+
+// Prompts: see the other dialects.
+#define TILES(T) const T*
+FN const half_t* tiles(const half_t* shared, const half_t* global) {
+  return STAGED ? shared : global;
+}
+FN void copy_async(word* to, const word* from) { std::memcpy(to, from, 16); }
+FN void copies_asked() {}
+template <int GROUPS>
+FN void copies_done() {}
+template <bool TRANSPOSED>
+FN void read_tile(const half_t* from, int stride, int lane, word (&to)[4]) {
+  const int row = fragment_row(lane), pair = 2 * fragment_pair(lane);
+  for (int i = 0; i < 4; i++) {
+    const half_t* tile = from + i % 2 * 8 * stride + i / 2 * 8;
+    half_t low = TRANSPOSED ? tile[pair * stride + row] : tile[row * stride + pair];
+    half_t high = TRANSPOSED ? tile[(pair + 1) * stride + row] : tile[row * stride + pair + 1];
+    to[i] = low.bits | (word(high.bits) << 16);
+  }
+}
+FN void write_4(word* to, const word (&from)[4]) { std::memcpy(to, from, 16); }

@@ -12,6 +12,9 @@
 #define UNROLL_8 _Pragma("unroll 8")
 #define LOOP _Pragma("unroll 1")
 
+// So many words of shared memory; their number is set at the launch, which takes up to 227 KB.
+#define SHARED_MEMORY(name, words) extern __shared__ __align__(128) word name[]
+
 #define CONST static constexpr
 
 typedef unsigned int word;
@@ -25,6 +28,8 @@ FN int fragment_row(int lane) { return lane >> 2; }
 FN int fragment_pair(int lane) { return lane & 3; }
 FN int fragment_lane(int row, int pair) { return 4 * row + pair; }
 FN int row_lanes(int i) { return 4 << i; }  // the three lane bits that walk over the rows
+
+FN int pair_lanes(int i) { return 1 << i; }  // the two lane bits that walk over the pairs
 
 // c (16 x 8) += a (16 x 16) b (16 x 8) in halves, summed in float32. Tiles: a[0] top left,
 // a[1] bottom left, a[2] top right, a[3] bottom right; b and c from top to bottom.
@@ -61,7 +66,11 @@ FN word high_halves(word a, word b) { return __byte_perm(a, b, 0x7632); }
 FN float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 FN float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 FN void block_sync() { __syncthreads(); }
-FN float fast_exp2(float x) { return exp2f(x); }
+FN float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 FN float fast_log2(float x) { return __log2f(x); }
 FN word funnel_shift(word low, word high, int bits) { return __funnelshift_r(low, high, bits); }
 FN word read_shared(const word* table, word byte) {
@@ -116,3 +125,38 @@ CONST int TABLE_COPIES = 32;  // a copy of a lookup table for every lane: no ban
 // A mask's entry as a summand of the score.
 FN float mask_value(bool seen) { return seen ? 0.0f : -2e30f; }
 FN float mask_value(float summand) { return summand; }
+
+// Prompts: tiles of keys and values pass through shared memory, and a warp keeps its rows to itself.
+CONST bool STAGED = true;
+CONST int FLASH_KEYS = 64, SHARERS = 1;
+#define TILES(T) const T*
+FN const half_t* tiles(const half_t* shared, const half_t*) { return shared; }
+
+// 16 bytes from memory to shared memory, in the background; those asked for so far are a group.
+FN void copy_async(word* to, const word* from) {
+  unsigned at = unsigned(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+}
+FN void copies_asked() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most GROUPS groups are on their way; other threads' need a block_sync as well.
+template <int GROUPS>
+FN void copies_done() { asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory"); }
+
+// A 16 x 16 tile of halves whose rows lie `stride` apart, as 8 x 8 fragments: top left, bottom left,
+// top right, bottom right. TRANSPOSED: each of them turned.
+template <bool TRANSPOSED>
+FN void read_tile(const half_t* from, int stride, int lane, word (&to)[4]) {
+  from += lane % 16 * stride + lane / 16 * 8;
+  unsigned at = unsigned(__cvta_generic_to_shared(from));
+  if constexpr (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at));
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at));
+  }
+}
+
+FN void write_4(word* to, const word (&from)[4]) {
+  *reinterpret_cast<uint4*>(to) = make_uint4(from[0], from[1], from[2], from[3]);
+}

@@ -14,6 +14,8 @@ using namespace metal;
 #define UNROLL_8 _Pragma("clang loop unroll_count(8)")
 #define LOOP _Pragma("clang loop unroll(disable)")
 
+#define SHARED_MEMORY(name, words) threadgroup word name[words]
+
 #define CONST static constant constexpr const
 
 typedef uint word;
@@ -30,6 +32,7 @@ FN int fragment_lane(int row, int pair) {
 }
 // The three lane bits that walk over the rows.
 FN int row_lanes(int i) { return i == 2 ? 16 : 2 << i; }
+FN int pair_lanes(int i) { return i == 1 ? 8 : 1; }  // the two that walk over the pairs
 
 // c (16 x 8) += a (16 x 16) b (16 x 8) in halves, summed in float32. Tiles: a[0] top left,
 // a[1] bottom left, a[2] top right, a[3] bottom right; b and c from top to bottom.
@@ -94,3 +97,32 @@ CONST int TABLE_COPIES = 1;  // threadgroup memory is 32 KB
 // A mask's entry as a summand of the score.
 FN float mask_value(bool seen) { return seen ? 0.0f : -2e30f; }
 FN float mask_value(float summand) { return summand; }
+
+// Prompts: threadgroup memory holds no tile of 256 dimensions beside the others, so that keys and
+// values are read where they are. Two warps share 16 rows, or their sums would not fit in registers.
+CONST bool STAGED = false;
+CONST int FLASH_KEYS = 32, SHARERS = 2;
+#define TILES(T) const device T*
+FN const device half_t* tiles(threadgroup half_t*, const device half_t* global) { return global; }
+FN void copy_async(threadgroup word* to, const device word* from) {
+  *reinterpret_cast<threadgroup uint4*>(to) = *reinterpret_cast<const device uint4*>(from);
+}
+FN void copies_asked() {}
+template <int GROUPS>
+FN void copies_done() {}
+
+// A 16 x 16 tile of halves whose rows lie `stride` apart, as 8 x 8 fragments: top left, bottom left,
+// top right, bottom right. TRANSPOSED: each of them turned.
+template <bool TRANSPOSED, typename P>
+FN void read_tile(P from, int stride, int lane, thread word (&to)[4]) {
+  const int row = fragment_row(lane), pair = 2 * fragment_pair(lane);
+  UNROLL for (int i = 0; i < 4; i++) {
+    P tile = from + i % 2 * 8 * stride + i / 2 * 8;
+    to[i] = TRANSPOSED ? as_type<word>(half2(tile[pair * stride + row], tile[(pair + 1) * stride + row]))
+                       : as_type<word>(half2(tile[row * stride + pair], tile[row * stride + pair + 1]));
+  }
+}
+
+FN void write_4(device word* to, const thread word (&from)[4]) {
+  UNROLL for (int i = 0; i < 4; i++) to[i] = from[i];
+}

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from tqstack.attention.kernels.decode import UNUSED, at_least_8, hadamard_signs
+from tqstack.attention.kernels.arguments import UNUSED, at_least_8, hadamard_signs
 from tqstack.attention.kernels.program import Program
 from tqstack.turboquant.lloyd import LloydCodec
 from tqstack.turboquant.rotation import Identity

@@ -1,11 +1,9 @@
-// The splits of `attend_exact` and `attend` into one result: a block of MERGERS threads per query
-// row. Sums over packed values are in the rotated domain and are rotated back here; exact ones come
+// The splits of `attend_exact` and `attend`, or of `flash`, into one result: a block of MERGERS threads
+// per query row, as many as there are splits or more. Sums over packed values are in the rotated domain and are rotated back here; exact ones come
 // first and are as the model made them. Where this cannot be done here (no ROTATE), both are given
 // out, in float32: packed ones behind the exact ones of all rows.
 
-CONST int MERGERS = 512;  // and no more splits than that
-
-template <int DV>
+template <int DV, int MERGERS>
 struct Merge {
   CONST int WIDTH = (DV + 127) / 128 * 32;  // threads that share a split, four values each
   CONST int GROUPS = MERGERS / WIDTH;       // splits that are read side by side
@@ -14,10 +12,10 @@ struct Merge {
   CONST int SHARED_WORDS = MERGERS + 2 * SUMS + 2 * (MERGERS / 32);
 };
 
-template <int DV, bool SINKS, bool ROTATE, typename T>
+template <int DV, int MERGERS, bool SINKS, bool ROTATE, typename T>
 FN void merge(IN(float) parts, IN(float) stats, IN(float) sinks, IN(float) signs, IN(Call) call,
               OUT(T) out, SHARED(float) decays, int tid, int index, int head) {
-  typedef Merge<DV> S;
+  typedef Merge<DV, MERGERS> S;
   SHARED(float) sums = decays + MERGERS;     // exact ones, then packed ones
   SHARED(float) peaks = sums + 2 * S::SUMS;  // of every warp
   SHARED(float) totals = peaks + MERGERS / 32;

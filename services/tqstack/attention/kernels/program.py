@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Program:
     call: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    shared_words: int = 0  # of `SHARED_MEMORY`, where the launch sets it: CUDA
 
     def header(self, dialect: str) -> str:
         """The dialect and the bodies. CUDA's compiler includes them by itself: MLX copies and
@@ -75,7 +76,9 @@ class Program:
     def _kernel(self) -> Any:
         dialect = backend()
         assert dialect is not None, "kernels need a GPU"
-        make = mx.fast.metal_kernel if dialect == "metal" else mx.fast.cuda_kernel
+        make: Any = mx.fast.metal_kernel
+        if dialect == "cuda":
+            make = partial(mx.fast.cuda_kernel, shared_memory=4 * self.shared_words)
         return make(
             name=f"tqstack_{self.name}",
             input_names=self.inputs,

@@ -22,6 +22,16 @@ struct Call {
   float scale;
 };
 
+// Packed keys that a launch finds as halves (`expand.h`): the position of the first, a multiple of a
+// block, and how many there are of a sequence.
+struct Span {
+  int first, tokens;
+  int padded_rows;  // of queries as halves
+  int goes_on;      // behind an earlier span
+  int exact;        // whether the exact keys are in this launch
+};
+CONST int SIZES = 4;  // of a token: its key's size, its value's log2, and that inverted
+
 // A sequence: the positions where its tail begins and where it ends.
 struct Extent {
   int start, length;

@@ -1,0 +1,142 @@
+"""What kernels are given beside keys, values and queries: constants of codecs, look-up tables,
+tables of blocks, and what changes from call to call (`stored.h`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+from tqstack.turboquant.lloyd import LloydCodec
+from tqstack.turboquant.rotation import RandomHadamard
+from tqstack.turboquant.trellis import TrellisCodec
+
+ScalarCodec = LloydCodec | TrellisCodec  # a plane of codes, a plane of scales
+
+
+@lru_cache(maxsize=64)
+def serves(*codecs: object) -> bool:
+    """Whether kernels can read these codecs: one plane of codes of whole bits."""
+    return all(
+        (isinstance(codec, LloydCodec) and codec.bits % 1 == 0)
+        # Lanes read whole bytes of a stream, the last one around its end.
+        or (isinstance(codec, TrellisCodec) and codec.dim % 64 == 0)
+        for codec in codecs
+    )
+
+
+def constants(key_codec: ScalarCodec, value_codec: ScalarCodec) -> dict[str, int | bool]:
+    """What `attend` is compiled for."""
+    key, value = _code(key_codec), _code(value_codec)
+    return {
+        "DK": key_codec.dim,
+        "DV": value_codec.dim,
+        **{"KB": key[0], "KW": key[1], "KG": key_codec.dim // key[2]},
+        **{"VB": value[0], "VW": value[1], "VG": value_codec.dim // value[2]},
+        "ONE_TABLE": key == value,
+    }
+
+
+def _code(codec: ScalarCodec) -> tuple[int, int, int]:
+    """(bits, window or 0, values that share a scale); the same code has the same levels."""
+    if isinstance(codec, TrellisCodec):
+        return codec.bits, codec.window, codec.dim
+    return int(codec.bits), 0, codec.group
+
+
+@lru_cache(maxsize=16)
+def hadamard_signs(codec: ScalarCodec) -> mx.array | None:
+    """The random signs (dim,) of a rotation that the kernels do themselves: one Hadamard block."""
+    rotation, dim = codec.rotation, codec.dim
+    if not isinstance(rotation, RandomHadamard) or dim < 32 or dim & (dim - 1):
+        return None
+    return rotation.signs.reshape(-1)
+
+
+# Metal passes inputs of fewer than 8 entries in another address space. Not `mx.zeros`, which would
+# still be to be computed: compiled steps may not capture that.
+UNUSED = mx.array([0.0] * 8)
+NO_SLAB = mx.array([0] * 8, dtype=mx.uint32)
+
+
+def at_least_8(x: mx.array) -> mx.array:
+    flat = x.reshape(-1)
+    return flat if x.size >= 8 else mx.concatenate([flat, mx.zeros(8 - x.size, dtype=x.dtype)])
+
+
+class SameObject:
+    """A tuple as a key of a cache that looks at its identity: comparing thousands of ids takes
+    longer than a launch."""
+
+    def __init__(self, ids: tuple[int, ...]):
+        self.ids = ids
+
+    def __hash__(self) -> int:
+        return id(self.ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SameObject) and self.ids is other.ids
+
+
+@lru_cache(maxsize=16)
+def table_of_blocks(*tables: SameObject) -> mx.array:
+    """(B, capacity) ids, a power of two of them: a shape that lasts is a trace that lasts."""
+    capacity = max(8, power_of_two(max(len(table.ids) for table in tables)))
+    ids = np.zeros((len(tables), capacity), dtype=np.int32)
+    for row, table in zip(ids, tables, strict=True):
+        row[: len(table.ids)] = table.ids
+    return mx.array(ids)
+
+
+def slab_arguments(slabs: int) -> int:
+    """Slabs that a program takes, some of them twice: few programs to compile."""
+    return power_of_two(max(1, slabs))
+
+
+def power_of_two(n: int) -> int:
+    """The next one, n or more."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+@lru_cache(maxsize=64)
+def extents_of(starts: Sequence[int], lengths: Sequence[int]) -> mx.array:
+    """`struct Extent` of every sequence."""
+    pairs = list(zip(starts, lengths, strict=True))
+    return at_least_8(mx.array(pairs, dtype=mx.int32))
+
+
+@lru_cache(maxsize=64)
+def call_of(*integers: int, scale: float) -> mx.array:
+    """`struct Call`; the layers of a model share it."""
+    bits = np.array([scale], dtype=np.float32).view(np.int32)
+    return mx.array(np.concatenate([np.array(integers, dtype=np.int32), bits]))
+
+
+def four_axes(mask: mx.array) -> mx.array:
+    mask = mask.reshape(*([1] * (4 - mask.ndim)), *mask.shape)
+    return mask if mask.dtype == mx.bool_ else mask.astype(mx.float32)
+
+
+def strides_of(mask: mx.array | None) -> list[int]:
+    """In entries; 0 for axes that broadcast."""
+    if mask is None:
+        return [0] * 4
+    strides, step = [], 1
+    for size in reversed(mask.shape):
+        strides.insert(0, step if size > 1 else 0)
+        step *= size
+    return strides
+
+
+@lru_cache(maxsize=16)
+def code_table(codec: ScalarCodec) -> mx.array:
+    """Halves that a field of the codes stands for, as words: two codes up to 4 bits, else, and
+    for the windows of a trellis, the same value twice."""
+    trellis = isinstance(codec, TrellisCodec)
+    levels = codec.codebook if trellis else codec.codes[0].codebook
+    words = levels.astype(np.float16).view(np.uint16).astype(np.uint32)
+    if trellis or codec.bits > 4:
+        return mx.array(words | (words << 16))
+    return mx.array(np.tile(words, len(words)) | (np.repeat(words, len(words)) << 16))

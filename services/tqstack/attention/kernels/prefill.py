@@ -1,0 +1,343 @@
+"""Prefill attention as kernels: packed blocks become halves once, a span at a time, and all query
+rows read them there. The launches of `halves.h`, `expand.h`, `flash.h` and `merge.h`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from tqstack.attention.kernels.arguments import (
+    NO_SLAB,
+    UNUSED,
+    SameObject,
+    at_least_8,
+    call_of,
+    code_table,
+    constants,
+    extents_of,
+    four_axes,
+    hadamard_signs,
+    serves,
+    slab_arguments,
+    strides_of,
+    table_of_blocks,
+)
+from tqstack.attention.kernels.decode import COLUMNS, FEW_MERGERS, THREADS, merged
+from tqstack.attention.kernels.program import Program, backend
+
+if TYPE_CHECKING:
+    from tqstack.attention.blocks import BlockLayout, Stored
+
+KEYS = 64  # of a step of `flash.h` (Metal takes half as many): tails are filled up to them
+SPAN_BYTES = 64 << 20  # of halves that exist at a time
+BLOCKS = 264  # of threads, that run side by side
+KEYS_PER_BLOCK = 512  # at least, where rows are too few to fill a GPU
+MAX_DIM = 256  # whose sums fit in the registers of a warp
+WARPS = 4
+
+_HEADERS = ("hadamard.h", "stored.h")
+
+HALVES = Program(
+    name="halves",
+    headers=(*_HEADERS, "halves.h"),
+    call="halves<D, ROTATE, LOW, MEND>(vectors, signs, count[0], high, sizes, tid, block.x);",
+    inputs=("vectors", "signs", "count"),
+    outputs=("high", "sizes"),
+)
+
+
+@cache
+def expand_program(slabs: int) -> Program:
+    """Blocks of so many slabs as halves."""
+    names = tuple(f"slab_{i}" for i in range(slabs))
+    pointers = ", ".join(f"(IN(word)){name}" for name in names)
+    return Program(
+        name=f"expand_{slabs}",
+        headers=("stored.h", "lookup.h", "expand.h"),
+        call=f"""
+SHARED_ARRAY word memory[Expand<DK, KB, KW, KG, ONE_TABLE>::T::WORDS +
+                         (ONE_TABLE ? 0 : Expand<DV, VB, VW, VG, ONE_TABLE>::T::WORDS)];
+const Slabs<{slabs}> slabs = {{{{{pointers}}}}};
+expand<DK, DV, KB, VB, KW, VW, KG, VG, ONE_TABLE, BLOCK>(
+    slabs, table, key_table, value_table, (IN(Span))span, (IN(Call))call, (OUT(word))keys,
+    (OUT(word))values, sizes, memory, tid, block.x, block.y);""",
+        inputs=(*names, "table", "key_table", "value_table", "span", "call"),
+        outputs=("keys", "values", "sizes"),
+    )
+
+
+@cache
+def flash_program(shared_words: int) -> Program:
+    """Attention over halves. The exact keys, where a launch has them, are its first split."""
+    return Program(
+        name="flash",
+        headers=(*_HEADERS, "flash.h"),
+        call="""
+typedef Flash<DK, DV, LOW> F;
+SHARED_MEMORY(memory, F::SHARED_WORDS);
+IN(Call) own = (IN(Call))call;
+IN(Span) now = (IN(Span))span;
+const int tiles = (own->rows + F::ROWS - 1) / F::ROWS;
+const int head = block.x / tiles, tile = tiles - 1 - block.x % tiles;  // long ones first
+const int split = int(block.y) - now->exact, begin = now->first + split * own->share;
+const bool exact = split < 0;
+Halves halves = {keys, values, sizes, now->first, now->tokens};
+if (exact) {
+  Halves tail = {tail_keys, tail_values, tail_sizes,
+                 ((IN(Extent))extents)[head / own->kv_heads].start, own->slots};
+  halves = tail;
+}
+Sums before = {parts_before, stats_before, split, own->splits};
+flash<DK, DV, LOW, MASKED, BLOCK>(
+    halves, exact ? queries : rotated, exact ? query_sizes : rotated_sizes, now->padded_rows, mask,
+    (IN(Extent))extents, own, exact, exact ? 0 : begin,
+    exact ? 1 << 30 : min(begin + own->share, now->first + now->tokens), !exact && now->goes_on,
+    before, parts, stats, block.y, own->splits + now->exact, memory, tid, tile, head);""",
+        inputs=(
+            *("keys", "values", "sizes", "tail_keys", "tail_values", "tail_sizes"),
+            *("queries", "query_sizes", "rotated", "rotated_sizes", "extents", "mask"),
+            *("parts_before", "stats_before", "call", "span"),
+        ),
+        outputs=("parts", "stats"),
+        shared_words=shared_words,
+    )
+
+
+@lru_cache(maxsize=64)
+def serves_prompts(layout: BlockLayout) -> bool:
+    """Whether the kernels can read these blocks: as in decoding, and in tiles of 16."""
+    codecs: tuple[Any, ...] = layout.key_codec, layout.value_codec
+    return (
+        serves(*codecs)
+        and all(codec.dim % 16 == 0 and codec.dim <= MAX_DIM for codec in codecs)
+        and all(getattr(codec, "group", 8) % 8 == 0 for codec in codecs)
+        and layout.block_tokens % KEYS == 0
+    )
+
+
+def prefill_attention(
+    queries: mx.array,
+    stored: Stored,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+    window: int = 0,
+) -> mx.array:
+    """`tiled_attention` for any number of query tokens, as kernels.
+
+    Takes the same arguments, and `window`: how many tokens up to and including its own a query
+    sees; 0 for all. Beside the answer there are halves of SPAN_BYTES at a time, or twice as many
+    while the next ones are made, and float32 sums of all query rows, twice.
+    """
+    if any(count != queries.shape[2] for count in stored.counts):
+        return _one_by_one(queries, stored, scale=scale, mask=mask, sinks=sinks, window=window)
+    B, heads, L, _ = queries.shape
+    layout = stored.layout
+    kv_heads, rows = layout.kv_heads, heads // layout.kv_heads * L
+    codecs: tuple[Any, Any] = layout.key_codec, layout.value_codec
+    tiles = B * kv_heads * -(-rows // rows_of_block())
+    spans = _spans(stored, L, window)
+    share, splits = _division(spans[0][1], tiles)
+    tail = _tail_halves(stored)
+    table = table_of_blocks(*map(SameObject, stored.tables))
+    array_mask = None if mask is None or isinstance(mask, str) else four_axes(mask)
+    call = call_of(
+        *(B, kv_heads, table.shape[1], tail[0].shape[1], 1, splits, share, rows, L),
+        *(stored.exact_tokens, int(isinstance(mask, str)), window, *strides_of(array_mask)),
+        scale=float(scale),
+    )
+    low = queries.dtype == mx.float32
+    raw, rotated = (_query_halves(queries, kv_heads, low, codec) for codec in (None, codecs[0]))
+    same = [
+        *(*tail, *raw, *rotated, extents_of(stored.starts, stored.lengths)),
+        UNUSED if array_mask is None else at_least_8(array_mask),
+    ]
+    dims = {"DK": codecs[0].dim, "DV": codecs[1].dim}
+    constant = {**dims, "LOW": low, "MASKED": array_mask is not None, "BLOCK": layout.block_tokens}
+    program = flash_program(_shared_words(dims["DK"], dims["DV"], low))
+    groups = B * kv_heads * -(-rows // COLUMNS)
+    sums = [UNUSED, UNUSED]
+    for start, tokens in spans:
+        goes_on, last = (start, tokens) != spans[0], (start, tokens) == spans[-1]
+        span = _integers(start, tokens, raw[0].shape[1] // (B * kv_heads), goes_on, last)
+        halves = [_NO_HALVES, _NO_HALVES, UNUSED]
+        if tokens:
+            (after,) = mx.depends([table], sums)  # one span after the other
+            halves = _expanded(stored, after, span, call, tokens)
+        before = sums
+        sums = program(
+            [*halves, *same, *before, call, span],
+            template=constant,
+            blocks=(tiles, splits + last, 1),
+            threads=THREADS,
+            outputs=[
+                ((groups, splits + last, COLUMNS, dims["DV"]), mx.float32),
+                ((groups, splits + last, 2, COLUMNS), mx.float32),
+            ],
+        )
+        if backend() == "cuda" and not last:
+            # MLX holds what it has queued: two spans are enough to keep a GPU busy.
+            mx.async_eval(sums)
+            mx.eval(before)
+    sinks = None if sinks is None else at_least_8(sinks.astype(mx.float32))
+    return merged(sums[0], sums[1], call, queries, codecs[1], kv_heads, sinks)
+
+
+def _one_by_one(queries: mx.array, stored: Stored, *, mask: Any, **options: Any) -> mx.array:
+    """Right-padded prompts of different lengths: padding gets 0."""
+    outputs, L = [], queries.shape[2]
+    for i, count in enumerate(stored.counts):
+        shape = (1, queries.shape[1], L - count, stored.layout.value_codec.dim)
+        padding = mx.zeros(shape, queries.dtype)
+        if not count:
+            outputs.append(padding)
+            continue
+        own = four_axes(mask) if isinstance(mask, mx.array) else mask
+        if isinstance(own, mx.array):
+            own = own[min(i, own.shape[0] - 1) :][:1]
+            own = own[:, :, :count] if own.shape[2] > 1 else own
+        keys, values = stored.tail(i)
+        alone = replace(
+            stored,
+            tables=(stored.tables[i],),
+            tail_keys=keys,
+            tail_values=values,
+            starts=(stored.starts[i],),
+            lengths=(stored.lengths[i],),
+            counts=(count,),
+        )
+        out = prefill_attention(queries[i : i + 1, :, :count], alone, mask=own, **options)
+        outputs.append(mx.concatenate([out, padding], axis=2))
+    return mx.concatenate(outputs)
+
+
+def rows_of_block() -> int:
+    """Query rows of a block of threads: 16 for each warp, or on Metal for two of them."""
+    return 16 * WARPS // (2 if backend() == "metal" else 1)
+
+
+def _spans(stored: Stored, L: int, window: int) -> list[tuple[int, int]]:
+    """(first position, tokens) of the packed tokens of each sequence that are halves at a time;
+    once no tokens, where none is packed."""
+    layout, block = stored.layout, stored.layout.block_tokens
+    stop = max(stored.packed_limit(i, length - 1) for i, length in enumerate(stored.lengths))
+    first = min(stored.lengths) - L - window + 1 if window else 0
+    first = max(0, first) // block * block
+    width = 2 * (layout.key_codec.dim + layout.value_codec.dim)
+    most = SPAN_BYTES // (len(stored.lengths) * layout.kv_heads * width)
+    most = max(1, most // block) * block
+    return [(at, min(most, stop - at)) for at in range(first, stop, most)] or [(first, 0)]
+
+
+@lru_cache(maxsize=64)
+def _division(tokens: int, tiles: int) -> tuple[int, int]:
+    """(keys per block, blocks per span and tile of rows): all rows of a long prompt fill a GPU by
+    themselves; few rows share out the keys."""
+    if not tokens:
+        return KEYS, 0
+    splits = max(1, min(BLOCKS // tiles, tokens // KEYS_PER_BLOCK, FEW_MERGERS - 1))
+    share = -(-tokens // (splits * KEYS)) * KEYS
+    return share, -(-tokens // share)
+
+
+@lru_cache(maxsize=64)
+def _integers(*numbers: int) -> mx.array:
+    """As a kernel's input: a count, or `struct Span`."""
+    return at_least_8(mx.array([*map(int, numbers)]))
+
+
+_NO_HALVES = mx.array([0.0] * 8, dtype=mx.float16)
+
+
+def _shared_words(key_dim: int, value_dim: int, low: bool) -> int:
+    """`Flash::SHARED_WORDS`, as CUDA stages."""
+    key_row, value_row, rows = (key_dim + 8) // 2, (value_dim + 8) // 2, rows_of_block()
+    return rows * key_row * (1 + low) + KEYS * (key_row + value_row) + 2 * KEYS * 4
+
+
+def _halves(
+    vectors: mx.array, *, signs: mx.array | None = None, low: bool = False, mend: bool = False
+) -> list[mx.array]:
+    """(..., D) vectors -> halves (1 or 2, count, D), and sizes (count,)."""
+    D = vectors.shape[-1]
+    count = vectors.size // D
+    return HALVES(
+        [vectors, UNUSED if signs is None else signs, _integers(count)],
+        template={"D": D, "ROTATE": signs is not None, "LOW": low, "MEND": mend},
+        blocks=(-(-count // WARPS), 1, 1),
+        threads=THREADS,
+        outputs=[((1 + low, count, D), mx.float16), ((count,), mx.float32)],
+    )
+
+
+def _query_halves(queries: mx.array, kv_heads: int, low: bool, codec: Any) -> list[mx.array]:
+    """Halves (1 or 2, rows, D) and sizes of the rows of every KV head, filled up to whole blocks of
+    threads. codec: whose rotation they are wanted in, or None."""
+    B, heads, L, D = queries.shape
+    rows = queries.reshape(B * kv_heads, heads // kv_heads * L, D)
+    missing = -rows.shape[1] % rows_of_block()
+    rows = mx.pad(rows, [(0, 0), (0, missing), (0, 0)]) if missing else rows
+    signs = None if codec is None else hadamard_signs(codec)
+    if codec is not None and signs is None:
+        rows = codec.rotate(rows)
+    return _halves(rows, signs=signs, low=low)
+
+
+def _tail_halves(stored: Stored) -> list[mx.array]:
+    """The exact keys and values as halves (B * KV heads, slots, d), and `SIZES` of each slot."""
+    slots = [_in_tiles(x) for x in _stacked(stored)]
+    (keys, key_sizes), (values, value_sizes) = (_halves(x, mend=True) for x in slots)
+    B, kv_heads, count, _ = slots[0].shape
+    return [
+        keys.reshape(B * kv_heads, count, -1),
+        values.reshape(B * kv_heads, count, -1),
+        _size_records(key_sizes, value_sizes).reshape(B * kv_heads, count, -1),
+    ]
+
+
+def _stacked(stored: Stored) -> list[mx.array]:
+    """(B, KV heads, slots, d) exact keys and values of all sequences."""
+    tails = stored.tail_keys, stored.tail_values
+    if isinstance(tails[0], mx.array):
+        return list(tails)  # pyright: ignore[reportReturnType]
+    slots = max(x.shape[2] for x in tails[0])
+    return [
+        mx.concatenate([mx.pad(x, [(0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)]) for x in tail])
+        for tail in tails
+    ]
+
+
+def _in_tiles(x: mx.array) -> mx.array:
+    missing = -x.shape[2] % KEYS
+    return mx.pad(x, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else x
+
+
+@mx.compile
+def _size_records(key_sizes: mx.array, value_sizes: mx.array) -> mx.array:
+    inverse = 1 / value_sizes
+    return mx.stack([key_sizes, mx.log2(value_sizes), inverse, inverse], axis=-1)
+
+
+def _expanded(
+    stored: Stored, table: mx.array, span: mx.array, call: mx.array, tokens: int
+) -> list[mx.array]:
+    """A span's keys and values as halves (B, KV heads, tokens, d), and `SIZES` of each token."""
+    layout, B = stored.layout, len(stored.lengths)
+    slabs = stored.slabs or (NO_SLAB,)
+    slabs += (slabs[-1],) * (slab_arguments(len(slabs)) - len(slabs))
+    codecs: tuple[Any, Any] = layout.key_codec, layout.value_codec
+    shape = (B, layout.kv_heads, tokens)
+    return expand_program(len(slabs))(
+        [*slabs, table, *map(code_table, codecs), span, call],
+        template={**constants(*codecs), "BLOCK": layout.block_tokens},
+        blocks=(tokens // layout.block_tokens, B * layout.kv_heads, 1),
+        threads=THREADS,
+        outputs=[
+            *(((*shape, codec.dim), mx.float16) for codec in codecs),
+            ((*shape, 4), mx.float32),
+        ],
+    )
