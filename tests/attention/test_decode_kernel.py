@@ -13,6 +13,7 @@ from attention import cpp_kernels
 from attention.cpp_kernels import both_layouts, in_cpp  # noqa: F401
 from tqstack.attention.blocks import ROW_BITS, BlockLayout, Stored
 from tqstack.attention.kernels import arguments, decode
+from tqstack.attention.kernels.program import Program
 from tqstack.attention.tiled import tiled_attention
 from tqstack.turboquant.codec import make_codec
 
@@ -289,6 +290,17 @@ def test_a_table_is_made_once_while_it_stays_the_same():
     )
     assert again is first and first.shape == (1, 8)
     assert other.shape == (1, 16) and other[0, :9].tolist() == list(longer)
+
+
+@pytest.mark.parametrize("spec", ["tq4", "tq4-qr"])
+def test_both_launches_can_be_traced_as_one_step(spec, monkeypatch):
+    def filled(self, inputs, *, outputs, **how):
+        return [inputs[-1].sum().astype(dtype) * mx.ones(shape, dtype) for shape, dtype in outputs]
+
+    queries, stored, options = case(spec, spec)
+    monkeypatch.setattr(Program, "__call__", filled)
+    mx.enable_compile()
+    mx.eval(decode.decode_attention(queries, stored, **options))
 
 
 @pytest.mark.parametrize("lengths", [(131072,), (131072,) * 8, (100,), (0, 0), (128, 131072)])

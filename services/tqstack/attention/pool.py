@@ -64,6 +64,7 @@ class Pool:
         self.limit, self.block_tokens = limit, block_tokens
         self.layouts: list[BlockLayout | None] = [None] * layers
         self._slabs: list[list[mx.array]] = [[] for _ in range(layers)]
+        self._lent: set[int] = set()  # layers that may be being read
         self._sizes: list[int] = []  # blocks of each slab
         self._free: list[int] = []  # a heap: neighbours stay together
         self._holders: dict[int, int] = {}
@@ -217,22 +218,26 @@ class Pool:
 
     def slabs(self, layer: int) -> tuple[mx.array, ...]:
         """(blocks, words) uint32 each: what kernels read."""
+        self._lent.add(layer)
         return tuple(self._slabs[layer])
 
     def read(self, layer: int, blocks: Sequence[int]) -> mx.array:
         """(len(blocks), words) rows of a layer."""
         self._check(blocks)
-        return gather(self._slabs[layer], blocks)
+        return gather(self.slabs(layer), blocks)
 
     def views(self, layer: int, blocks: Sequence[int]) -> list[mx.array]:
         """The same as views (blocks, words) of the slabs, which copy nothing."""
         self._check(blocks)
-        return pieces(self._slabs[layer], blocks)
+        return pieces(self.slabs(layer), blocks)
 
     def write(self, layer: int, blocks: Sequence[int], rows: mx.array) -> None:
-        """Fill blocks of a layer with packed rows (len(blocks), words)."""
+        """Fill blocks of a layer with packed rows (len(blocks), words), in place: what still reads
+        this layer is waited for. One wait serves all layers of a chunk or a token."""
         self._check(blocks)
-        mx.synchronize()
+        if layer in self._lent:
+            mx.synchronize()
+            self._lent.clear()
         at = 0
         for slab, first, stop in runs(blocks):
             self._slabs[layer][slab][first:stop] = rows[at : at + stop - first]

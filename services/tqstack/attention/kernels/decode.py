@@ -96,22 +96,24 @@ def merged(
     call: mx.array,
     queries: mx.array,
     codec: ScalarCodec,
+    signs: mx.array | None,
     kv_heads: int,
-    sinks: mx.array | None,
+    sinks: mx.array,
+    with_sinks: bool,
 ) -> mx.array:
     """The sums of all splits as an answer like the queries. parts: (groups of COLUMNS rows, splits,
-    COLUMNS, d); sinks: (query heads,) or more in float32, or None; codec: of the values."""
+    COLUMNS, d); codec, signs: of the values; sinks: (query heads,) or more in float32."""
     B, heads, L, _ = queries.shape
-    shape, signs = (B, heads, L, codec.dim), hadamard_signs(codec)
+    shape = (B, heads, L, codec.dim)
     mergers = FEW_MERGERS if parts.shape[1] <= FEW_MERGERS else MERGERS
     (out,) = MERGE(
         [
-            *(parts, stats, UNUSED if sinks is None else sinks),
+            *(parts, stats, sinks),
             *(UNUSED if signs is None else signs, call),
         ],
         template={
             **{"DV": codec.dim, "MERGERS": mergers},
-            **{"SINKS": sinks is not None, "ROTATE": signs is not None},
+            **{"SINKS": with_sinks, "ROTATE": signs is not None},
         },
         blocks=(heads // kv_heads * L, B * kv_heads, 1),
         threads=mergers,
@@ -179,7 +181,7 @@ def _launch(
 ) -> Callable[..., mx.array]:
     """Both kernels as one compiled step: MLX writes out a kernel's source at every launch from
     Python, which takes longer than a short context needs on the GPU."""
-    key_signs = hadamard_signs(key_codec)
+    key_signs, value_signs = hadamard_signs(key_codec), hadamard_signs(value_codec)
     tables = code_table(key_codec), code_table(value_codec)
     fixed = {
         **constants(key_codec, value_codec),
@@ -209,9 +211,8 @@ def _launch(
                 ((groups, splits, 2, COLUMNS), mx.float32),
             ],
         )
-        return merged(
-            parts, stats, call, queries, value_codec, kv_heads, sinks if with_sinks else None
-        )
+        value = value_codec, value_signs
+        return merged(parts, stats, call, queries, *value, kv_heads, sinks, with_sinks)
 
     # A mask is longer at every token: there would be a trace for each.
     return launch if masked else mx.compile(launch)

@@ -267,3 +267,9 @@ FN void read_tile(const half_t* from, int stride, int lane, word (&to)[4]) {
   }
 }
 FN void write_4(word* to, const word (&from)[4]) { std::memcpy(to, from, 16); }
+template <typename T>
+FN word pack_pair(float low, float high) { return pack_halves(low, high); }
+template <typename T>
+FN void multiply_add_as(float (&c)[4], word a0, word a1, word a2, word a3, word b0, word b1) {
+  multiply_add(c, a0, a1, a2, a3, b0, b1);
+}

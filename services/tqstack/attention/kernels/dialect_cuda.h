@@ -160,3 +160,24 @@ FN void read_tile(const half_t* from, int stride, int lane, word (&to)[4]) {
 FN void write_4(word* to, const word (&from)[4]) {
   *reinterpret_cast<uint4*>(to) = make_uint4(from[0], from[1], from[2], from[3]);
 }
+
+// The same products and pairs for numbers of either 16-bit type.
+template <typename T>
+FN word pack_pair(float low, float high) { return pack_halves(low, high); }
+template <>
+FN word pack_pair<__nv_bfloat16>(float low, float high) {
+  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<word*>(&pair);
+}
+template <typename T>
+FN void multiply_add_as(float (&c)[4], word a0, word a1, word a2, word a3, word b0, word b1) {
+  multiply_add(c, a0, a1, a2, a3, b0, b1);
+}
+template <>
+FN void multiply_add_as<__nv_bfloat16>(float (&c)[4], word a0, word a1, word a2, word a3, word b0,
+                                       word b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}

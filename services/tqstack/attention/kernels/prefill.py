@@ -183,8 +183,9 @@ def prefill_attention(
             # MLX holds what it has queued: two spans are enough to keep a GPU busy.
             mx.async_eval(sums)
             mx.eval(before)
-    sinks = None if sinks is None else at_least_8(sinks.astype(mx.float32))
-    return merged(sums[0], sums[1], call, queries, codecs[1], kv_heads, sinks)
+    given = UNUSED if sinks is None else at_least_8(sinks.astype(mx.float32))
+    signs = hadamard_signs(codecs[1])
+    return merged(*sums, call, queries, codecs[1], signs, kv_heads, given, sinks is not None)
 
 
 def _one_by_one(queries: mx.array, stored: Stored, *, mask: Any, **options: Any) -> mx.array:
@@ -216,8 +217,8 @@ def _one_by_one(queries: mx.array, stored: Stored, *, mask: Any, **options: Any)
 
 
 def rows_of_block() -> int:
-    """Query rows of a block of threads: 16 for each warp, or on Metal for two of them."""
-    return 16 * WARPS // (2 if backend() == "metal" else 1)
+    """`Flash::ROWS`: 16 for each warp, or on Metal for two of them."""
+    return 32 if backend() == "metal" else 64
 
 
 def _spans(stored: Stored, L: int, window: int) -> list[tuple[int, int]]:

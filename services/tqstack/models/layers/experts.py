@@ -1,24 +1,73 @@
-"""Quantized experts with fewer launches per token, and on CUDA prompts in grouped products.
+"""Quantized experts with fewer launches per token, and on CUDA prompts through a kernel of ours.
 
 Left to itself, `mx.gather_qmm` makes the index of its inputs anew for each of 120 calls a token,
 and on CUDA copies it too: two more launches beside the one that does the work. For a prompt it
 reads an expert's weights again for every token there (23 ms for a block of 2,048 tokens of
-Qwen3.5-35B-A3B on an H200); decompressed, they serve all tokens of an expert at once (12 ms).
+Qwen3.5-35B-A3B on an H100); `experts.h` decodes them once for all of an expert's tokens.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-from tqstack.attention.kernels.program import backend
+from tqstack.attention.kernels.arguments import at_least_8
+from tqstack.attention.kernels.program import Program, backend
+from tqstack.attention.kernels.trust import check, distance, random, trusted
 
-GROUPED_ROWS = 8192  # from here on decompressing the weights pays
-PIECE = 128 << 20  # bytes of weights that are decompressed at a time
+# As in experts.h: rows, outputs and threads of a block, inputs of a step, shared memory.
+ROWS, OUTPUTS, THREADS, STEP = 64, 128, 128, 64
+BLOCKS = 1024  # of threads, at least, that a GPU should have
+EXPERTS = Program(
+    name="experts",
+    headers=(Path(__file__).with_name("experts.h"),),
+    call="""
+SHARED_MEMORY(memory, EXPERTS_SHARED_WORDS);
+experts<BITS, GROUP>(x, weight, scales, biases, indices, (IN(ExpertsCall))call, y, memory, tid,
+                     block.x, block.y, block.z, SHARERS);""",
+    inputs=("x", "weight", "scales", "biases", "indices", "call"),
+    outputs=("y",),
+    shared_words=(ROWS + OUTPUTS) * (STEP + 8) + ROWS,
+)
+
+
+def sorted_products(
+    x: mx.array,
+    indices: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    group_size: int,
+    bits: int,
+) -> mx.array:
+    """(rows, 1, inputs) and (rows,) experts in ascending order -> (rows, 1, outputs), in 16 bits.
+
+    weight, scales, biases: (experts, outputs, ...) as `mx.quantize` gives them.
+    """
+    rows, _, inputs = x.shape
+    outputs = weight.shape[1]
+    columns, tiles = -(-outputs // OUTPUTS), -(-rows // ROWS)
+    sharers = 1  # of a tile's rows: a power of two, so that few programs are compiled
+    while columns * tiles * sharers < BLOCKS and sharers < min(ROWS, rows):
+        sharers *= 2
+    (y,) = EXPERTS(
+        [x, weight, scales, biases, indices.astype(mx.uint32), _sizes(rows, inputs, outputs)],
+        template={"BITS": bits, "GROUP": group_size, "SHARERS": sharers},
+        blocks=(columns, tiles, sharers),
+        threads=THREADS,
+        outputs=[((rows, 1, outputs), x.dtype)],
+    )
+    return y
+
+
+@lru_cache(maxsize=64)
+def _sizes(*sizes: int) -> mx.array:
+    return at_least_8(mx.array(sizes, dtype=mx.int32))
 
 
 class Experts(QuantizedSwitchLinear):
@@ -27,9 +76,11 @@ class Experts(QuantizedSwitchLinear):
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """(..., 1, inputs) and (..., k) experts -> (..., k, 1, outputs)"""
         if sorted_indices:  # a prompt: mlx-lm sorted the tokens by expert
-            if backend() == "cuda" and indices.size >= GROUPED_ROWS:
-                return self.grouped(x, indices)
-            return super().__call__(x, indices, sorted_indices)
+            if not self._served(x):
+                return super().__call__(x, indices, sorted_indices)
+            packed = self["weight"], self["scales"], self["biases"]
+            y = sorted_products(x, indices, *packed, self.group_size, self.bits)
+            return y + self["bias"][indices][:, None] if "bias" in self else y
         y = mx.gather_qmm(
             x,
             self["weight"],
@@ -42,24 +93,30 @@ class Experts(QuantizedSwitchLinear):
         )
         return y + self["bias"][indices][..., None, :] if "bias" in self else y
 
-    def grouped(self, x: mx.array, indices: mx.array) -> mx.array:
-        """(rows, 1, inputs) and (rows,) experts in ascending order -> (rows, 1, outputs)"""
-        packed = [self["weight"], self["scales"], self["biases"]]
-        experts, outputs = packed[0].shape[:2]
-        pieces = -(-experts * outputs * self.input_dims * x.itemsize // PIECE)
-        width = -(-outputs // pieces)
-        parts: list[mx.array] = []
-        for at in range(0, outputs, width):
-            weight = mx.dequantize(
-                *(part[:, at : at + width] for part in packed),
-                group_size=self.group_size,
-                bits=self.bits,
-            )
-            y = mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=True)
-            mx.eval(y)  # or the next piece's weights would exist before these are gone
-            parts.append(y)
-        y = mx.concatenate(parts, axis=-1)
-        return y + self["bias"][indices][:, None] if "bias" in self else y
+    def _served(self, x: mx.array) -> bool:
+        """Whether a prompt's products go through the kernel: Metal has its own."""
+        return (
+            backend() == "cuda"
+            and self.bits in (2, 4, 8)
+            and x.shape[-1] % max(STEP, self.group_size) == 0
+            and x.dtype == self["scales"].dtype != mx.float32
+            and trusted("experts", self.bits, self.group_size, x.dtype)
+        )
+
+
+@check("experts")
+def _error(bits: int, group_size: int, dtype: mx.Dtype) -> float:
+    """Relative distance from the quantized product, beyond the rounding of its own result."""
+    inputs = 2 * max(STEP, group_size)
+    packed = mx.quantize(random(5, OUTPUTS + 8, inputs, seed=0).astype(dtype), group_size, bits)
+    experts = mx.array([0] * 3 + [1] * 100 + [3] * 9 + [4] * 30)
+    x = random(experts.size, 1, inputs, seed=1).astype(dtype)
+    got = sorted_products(x, experts, *packed, group_size, bits)
+    weights = mx.dequantize(*packed, group_size, bits).astype(mx.float32)
+    with mx.stream(mx.cpu):
+        want = x.astype(mx.float32) @ weights[experts].swapaxes(-1, -2)
+    rounding = distance(want.astype(dtype), want)
+    return max(0.0, distance(got, want) - 2 * rounding)
 
 
 def install(model: nn.Module) -> int:

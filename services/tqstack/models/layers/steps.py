@@ -6,7 +6,7 @@ stays outside: its cache changes shape. The layers' own code is what is traced, 
 here that could differ from it.
 
 A prompt's operations are large, and on CUDA MLX queues a thousand of them and holds what they all
-return: there a recurrent layer waits until it is done.
+return: there MLPs and recurrent layers wait for the one before.
 """
 
 from __future__ import annotations
@@ -39,12 +39,26 @@ def install(model: nn.Module) -> int:
     return count
 
 
+_started: list[mx.array] = []
+
+
+def _wait_behind(results: list[Any]) -> None:
+    """Start what half a layer returns, and wait for the half before: the GPU is never idle, and
+    what exists in between is that of two halves."""
+    mx.async_eval(results)
+    mx.eval(_started)
+    _started[:] = results
+
+
 @lru_cache
 def _mlp(base: type[nn.Module]) -> type[nn.Module]:
     class Steps(base):
         def __call__(self, x: mx.array) -> mx.array:
             if x.shape[1] != 1:
-                return super().__call__(x)
+                y = super().__call__(x)
+                if x.shape[1] >= PROMPT and backend() == "cuda":
+                    _wait_behind([y])
+                return y
             if not hasattr(self, "_single_token"):
                 self._single_token = mx.compile(super().__call__)
             return self._single_token(x)
@@ -60,7 +74,7 @@ def _recurrence(base: type[nn.Module]) -> type[nn.Module]:
             if x.shape[1] != 1 or mask is not None or not ready:
                 y = super().__call__(x, mask, cache)
                 if x.shape[1] >= PROMPT and cache is not None and backend() == "cuda":
-                    mx.eval(y, cache.cache)
+                    _wait_behind([y, *cache.cache])
                 return y
             if not hasattr(self, "_single_token"):
                 self._single_token = mx.compile(self._step)
