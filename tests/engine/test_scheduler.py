@@ -397,3 +397,19 @@ def test_a_shorter_rest_goes_first_whatever_the_length_of_the_prompt():
     _, rest = machine.submit(Job(900), Job(50_000, kept=49_500))
     machine.step()
     assert machine.chunks[0].job == rest
+
+
+def test_jobs_of_one_prompt_wait_for_its_reader_and_one_of_them_takes_its_place():
+    machine = Machine()
+    machine.jobs = [Job(300), Job(300), Job(300)]
+    for number in range(3):
+        waiter = Waiter(number, 300, after=0 if number else None)
+        assert machine.scheduler.submit(waiter) is None
+    machine.step()
+    assert machine.begun == [0] and machine.scheduler.waits == 2
+    machine.cancel(0)
+    machine.step()
+    assert machine.begun == [0, 1]
+    machine.jobs[2].kept = 300  # what job 1 has read by then
+    machine.until(lambda: machine.idle)
+    assert machine.ended == [1, 2] and machine.read[2] == 0

@@ -63,10 +63,12 @@ class Wish:
     Attributes:
         tokens: at its longest.
         node: the checkpoint that it goes on from.
+        shared: blocks that it shares otherwise.
     """
 
     tokens: int
     node: Node | None = None
+    shared: int = 0
 
 
 class Budget:
@@ -154,6 +156,15 @@ class Budget:
                 return promise.chunk
         return 0
 
+    def hold(self, key: int, tokens: int, kept: set[Node]) -> bool:
+        """Promise room for a copy of a sequence, beside the blocks that it shares; prefixes make
+        it, but not `kept`. False: there is none, and none was evicted."""
+        self._promises[key] = Promise(tokens, 0, 0)
+        if not self.room_for(0, kept):
+            del self._promises[key]
+            return False
+        return True
+
     def release(self, job: int) -> None:
         """A job has ended, or given way."""
         self._promises.pop(job, None)
@@ -180,7 +191,7 @@ class Budget:
             chunk = max(SMALLEST_CHUNK, chunk // 2)
 
     def _shared(self, wish: Wish) -> int:
-        return len(wish.node.checkpoint.blocks) if wish.node else 0
+        return len(wish.node.checkpoint.blocks) if wish.node else wish.shared
 
     def _could(self, promise: Promise, wish: Wish, kept: set[Node]) -> bool:
         """Whether there would be room without any prefix but `kept`."""

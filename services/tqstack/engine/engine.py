@@ -7,12 +7,13 @@ import logging
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import mlx.core as mx
 
+from tqstack.engine.grammar import Grammar
 from tqstack.engine.jobs import Event, Failed, Job, JobError
 from tqstack.engine.lifecycle import Lifecycle
 from tqstack.engine.worker import TOTALS, Worker
@@ -75,7 +76,20 @@ class Engine:
         return future
 
     def submit(self, job: Job, deliver: Deliver) -> None:
-        self._inbox.put(("job", (job, deliver)))
+        self.submit_all([(job, deliver)])
+
+    def submit_all(self, jobs: Sequence[tuple[Job, Deliver]]) -> None:
+        """Jobs of one prompt, which is read once."""
+        self._inbox.put(("jobs", jobs))
+
+    def check(self, grammar: Grammar) -> None:
+        """Compile a form, so that the engine's thread need not.
+
+        Raises:
+            GrammarError: it cannot be had.
+        """
+        if (worker := self.worker) is not None:
+            worker.grammars.form(grammar)
 
     def cancel(self, job: Job) -> None:
         """Take a job off the engine; harmless if it has ended."""
@@ -195,7 +209,7 @@ class Engine:
         if message == "ready":
             what.set_result(worker.runtime)
         else:
-            worker.submit(*what)
+            worker.submit_all(what)
 
     def _refuse_until_stopped(self) -> None:
         while True:
@@ -208,5 +222,6 @@ class Engine:
         error = JobError("no_model", f"no model: {self.error}")
         if message == "ready":
             what.set_exception(error)
-        elif message == "job":
-            what[1](Failed(error))
+        elif message == "jobs":
+            for _, deliver in what:
+                deliver(Failed(error))

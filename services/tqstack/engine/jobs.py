@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+from tqstack.engine.grammar import Grammar
+from tqstack.engine.logprobs import Logprob
 from tqstack.engine.sampling import Sampling
 
 _numbers = count(1)
@@ -20,6 +22,12 @@ class Job:
         tokens: the prompt.
         boundaries: positions in it where its prefix is likely to be needed again, ascending.
         cache_prompt: keep it for later requests, and use what is kept of earlier ones.
+        min_tokens: of the answer, before it may end.
+        stop_tokens: that end the answer, beside the model's own end markers.
+        ignore_eos: the model's end markers end nothing.
+        logprobs: tell each token's, and so many of the likeliest; None: do not.
+        prompt_logprobs: likewise of the prompt, all of which is read then.
+        grammar: the form that the answer must have.
     """
 
     tokens: Sequence[int]
@@ -27,6 +35,12 @@ class Job:
     sampling: Sampling
     boundaries: tuple[int, ...] = ()
     cache_prompt: bool = True
+    min_tokens: int = 0
+    stop_tokens: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
     id: int = field(default_factory=lambda: next(_numbers))
 
     @property
@@ -43,7 +57,7 @@ class JobError(Exception):
     """A job that will not be finished.
 
     Attributes:
-        code: insufficient_memory, queue_full, no_model or engine_error.
+        code: insufficient_memory, queue_full, bad_grammar, no_model or engine_error.
     """
 
     def __init__(self, code: str, message: str):
@@ -61,12 +75,22 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Log-probabilities of a prompt's tokens from position `first` on, given those before."""
+
+    first: int
+    logprobs: tuple[Logprob, ...]
+
+
+@dataclass(frozen=True)
 class Token:
-    """A token; the last one of a sequence has a reason ("stop": `id` is the end marker)."""
+    """A token; the last one of a sequence has a reason ("stop": `id` is the end marker, or one of
+    the job's stop tokens)."""
 
     id: int
     finish_reason: str | None = None
     stats: dict[str, Any] | None = None  # with the last one
+    logprob: Logprob | None = None
 
 
 @dataclass(frozen=True)
@@ -81,4 +105,4 @@ class Removed:
     stats: dict[str, Any]
 
 
-Event = Progress | Token | Failed | Removed
+Event = Progress | Measured | Token | Failed | Removed

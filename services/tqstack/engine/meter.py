@@ -12,6 +12,8 @@ import numpy as np
 from tqstack.attention.pool import Pool
 from tqstack.engine import caches
 from tqstack.engine.budget import Budget
+from tqstack.engine.forks import Fork
+from tqstack.engine.grammar import Form
 from tqstack.engine.jobs import Event, Job
 from tqstack.engine.prefixes import Prefixes
 from tqstack.engine.step import Model, Running
@@ -25,6 +27,8 @@ class Tracked:
     job: Job
     deliver: Callable[[Event], None]
     ids: np.ndarray  # int32, of the prompt: comparing and hashing lists takes long
+    form: Form | None = None
+    fork: Fork | None = None
     running: Running | None = None  # None: it waits
     cached: int = 0
     kept: int = 0  # tokens up to its last checkpoint

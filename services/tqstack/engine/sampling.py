@@ -22,7 +22,8 @@ Sampler = Callable[[mx.array], mx.array]
 @dataclass(frozen=True)
 class Sampling:
     """A request's sampling parameters, as plain data; the fields are OpenAI's, and top_k, min_p and
-    repetition_penalty those of other servers. `seed` None: one that the clock gives."""
+    repetition_penalty those of other servers. `seed` None: one that the clock gives. `logit_bias`:
+    tokens, and what is added to their logits."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -32,6 +33,7 @@ class Sampling:
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     @property
     def greedy(self) -> bool:
@@ -60,8 +62,10 @@ class Sampling:
         return sample
 
     def processors(self) -> list[Any]:
-        """mlx-lm's functions of (tokens so far, logits) that penalise repetition."""
+        """mlx-lm's functions of (tokens so far, logits) that penalise repetition, and prefer
+        or avoid tokens."""
         return make_logits_processors(
+            logit_bias=dict(self.logit_bias),
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,

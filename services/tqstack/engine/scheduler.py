@@ -56,6 +56,7 @@ class Waiter:
         tokens: of its prompt.
         read: of those, how many need not be read any more; a guess until it is admitted.
         waited: tokens that were read for others meanwhile, and what admissions count for.
+        after: the job that reads the same prompt; this one waits until it is read.
     """
 
     job: int
@@ -64,6 +65,7 @@ class Waiter:
     waited: int = 0
     chunk: int = 0
     stops: tuple[int, ...] = ()
+    after: int | None = None
 
     @property
     def left(self) -> int:
@@ -136,9 +138,16 @@ class Scheduler:
         """A job has ended, or was cancelled."""
         for where in (self._queue, self._reading, self._decoding):
             where.pop(job, None)
+        self._inherit(job)
         self._blocked.clear()
         if not self._decoding:
             self._credit, self._spent = self.gap, False
+
+    def _inherit(self, job: int) -> None:
+        """The first of those who waited for a job's prompt reads it in its place."""
+        heirs = [waiter for waiter in self._queue.values() if waiter.after == job]
+        for waiter in heirs:
+            waiter.after = heirs[0].job if waiter is not heirs[0] else None
 
     def next(self) -> Step:
         refused = self._admit()
@@ -157,6 +166,8 @@ class Scheduler:
         for waiter in sorted(self._queue.values(), key=_rank):
             if self.runs >= self.running:
                 break
+            if waiter.after is not None:
+                continue
             if ahead is not None and waiter.rank >= ahead and waiter.left:
                 continue
             if admission := self._room(waiter.job):
@@ -209,6 +220,9 @@ class Scheduler:
                 other.waited += tokens
         if not waiter.left:
             self._decoding[job] = self._reading.pop(job)
+            for other in self._queue.values():
+                if other.after == job:
+                    other.after, other.read = None, other.tokens
         return waiter
 
     def decoded(self, seconds: float) -> None:

@@ -1,24 +1,25 @@
 """What touches the model: a prompt's chunk, and a token of all sequences that decode.
 
-Tokens are made one ahead: while the host hands one out, the device computes the next. A sequence's
-cache holds the tokens that were fed to the model: its prompt, and all of its answer so far that has
-been handed out, the end marker included.
+Tokens are made one ahead: while the host hands one out, the device computes the next. Where a
+sequence's form must know a token to tell what may follow it, the forward pass has been sent off
+before: the host looks that up while the device computes the logits. A sequence's cache holds the
+tokens that were fed to the model: its prompt, and all of its answer so far that has been handed
+out, the end marker included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import TokenBuffer
 
-from tqstack.engine import caches
+from tqstack.engine import caches, logprobs
 from tqstack.engine.caches import Cache
+from tqstack.engine.drawing import Drawer
 from tqstack.engine.jobs import Job
-from tqstack.engine.sampling import Sampler
+from tqstack.engine.logprobs import Logprob
 
 
 @dataclass(eq=False, repr=False)
@@ -33,27 +34,43 @@ class Running:
     job: Job
     cache: Cache | None
     tokens: list[int]
-    sampler: Sampler = field(init=False)
-    processors: list[Any] = field(init=False)
-    _context: TokenBuffer | None = None
-
-    def __post_init__(self) -> None:
-        self.sampler = self.job.sampling.sampler()
-        self.processors = self.job.sampling.processors()
+    drawer: Drawer
 
     @property
     def generated(self) -> int:
         return max(0, len(self.tokens) - self.job.prompt_tokens)
 
-    def draw(self, logits: mx.array, last: mx.array) -> mx.array:
-        """(1, vocabulary) logits behind the token `last` (1,) -> the next token (1,)."""
-        if self.processors:
-            if self._context is None:
-                self._context = TokenBuffer(list(self.job.tokens[:-1]))
-            context = self._context.update_and_fetch(last)
-            for processor in self.processors:
-                logits = processor(context, logits)
-        return self.sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+    def finish_reason(self, token: int) -> str | None:
+        """Why the sequence ends with this token; None: it goes on."""
+        if token in self.drawer.ends:
+            return "stop"
+        return "length" if self.generated >= self.job.max_tokens else None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A sequence's next token."""
+
+    running: Running
+    token: int
+    logprob: Logprob | None = None
+
+
+@dataclass(frozen=True)
+class Told:
+    """Log-probabilities of a step's tokens, and whose they are: in which row."""
+
+    rows: dict[int, int]
+    measured: logprobs.Measured | None = None
+
+    def of(self, running: Running, token: int) -> Logprob | None:
+        row, top = self.rows.get(running.job.id), running.job.logprobs
+        if row is None or top is None or self.measured is None:
+            return None
+        return self.measured.read(row, token, top)
+
+
+NOTHING_TOLD = Told({})
 
 
 class Model:
@@ -64,17 +81,25 @@ class Model:
         self.batch: list[Running] = []
         self.cache: Cache = []  # of the batch: merged, unless it is one sequence
         self._next: mx.array | None = None  # (B,) tokens to feed next
+        self._told: Told = NOTHING_TOLD  # of those
 
     # -- prompts -----------------------------------------------------------------------------
 
-    def read(self, running: Running, count: int) -> None:
-        """Feed the next `count` tokens of a prompt."""
-        at = len(running.tokens)
-        tokens = list(running.job.tokens[at : at + count])
-        self._model(mx.array(tokens)[None], cache=running.cache)
+    def read(self, running: Running, count: int) -> list[Logprob]:
+        """Feed the next `count` tokens of a prompt. Returns what the job wants to know of those
+        behind each of them; else nobody needs the logits, so they are not computed."""
+        at, job = len(running.tokens), running.job
+        tokens = list(job.tokens[at : at + count])
+        logits = self._model(mx.array(tokens)[None], cache=running.cache)
+        told: list[Logprob] = []
+        if (top := job.prompt_logprobs) is not None:
+            following = list(job.tokens[at + 1 : at + count + 1])
+            measured = logprobs.measure(logits[0], mx.array(following), top)
+            told = [measured.read(i, token, top) for i, token in enumerate(following)]
         assert running.cache is not None
-        caches.settle(running.cache)  # nobody needs the logits, so they are not computed
+        caches.settle(running.cache)
         running.tokens.extend(tokens)
+        return told
 
     # -- answers -----------------------------------------------------------------------------
 
@@ -94,27 +119,50 @@ class Model:
             self._next = mx.concatenate([self._next, first])
         self.batch.append(running)
 
-    def decode(self) -> list[tuple[Running, int]]:
+    def decode(self) -> list[Made]:
         """Every sequence's next token. A prompt's last token, which is fed first, gives none."""
-        fed, self._next = self._next, None
+        fed, told, self._next = self._next, self._told, None
         assert fed is not None
         logits = self._model(fed[:, None], cache=self.cache)[:, -1]
         self._next = self._draw(logits, fed)
-        mx.async_eval(self._next)
+        self._told = self._tell(logits, self._next)
+        measured = self._told.measured
+        mx.async_eval(self._next, *(measured.arrays if measured else ()))
         made = []
         for running, token in zip(self.batch, fed.tolist(), strict=True):  # pyright: ignore
             running.tokens.append(token)
             if running.generated:
-                made.append((running, token))
+                made.append(Made(running, token, told.of(running, token)))
         return made
 
     def _draw(self, logits: mx.array, fed: mx.array) -> mx.array:
         """(B, vocabulary) -> (B,)"""
-        if all(r.job.sampling.greedy and not r.processors for r in self.batch):
+        if all(running.drawer.plain for running in self.batch):
             return logits.argmax(-1)
-        return mx.concatenate(
-            [r.draw(logits[i : i + 1], fed[i : i + 1]) for i, r in enumerate(self.batch)]
-        )
+        masks = self._masks(logits, fed)
+        rows = [
+            running.drawer.draw(logits[i : i + 1], fed[i : i + 1], masks.get(i))
+            for i, running in enumerate(self.batch)
+        ]
+        return mx.concatenate(rows)
+
+    def _masks(self, logits: mx.array, fed: mx.array) -> dict[int, mx.array | None]:
+        """By row, what the sequences' forms allow; made while the device computes the logits."""
+        forced = [i for i, running in enumerate(self.batch) if running.drawer.waits]
+        if not forced:
+            return {}
+        mx.async_eval(logits)
+        known: list[int] = fed.tolist()  # pyright: ignore
+        return {i: self.batch[i].drawer.allowed(known[i], logits.shape[-1]) for i in forced}
+
+    def _tell(self, logits: mx.array, drawn: mx.array) -> Told:
+        """Log-probabilities of what was drawn, for those who want to know."""
+        wanted = {i: r.job.logprobs for i, r in enumerate(self.batch) if r.job.logprobs is not None}
+        if not wanted:
+            return NOTHING_TOLD
+        rows, most = mx.array(list(wanted)), max(wanted.values())
+        told = {self.batch[i].job.id: row for row, i in enumerate(wanted)}
+        return Told(told, logprobs.measure(logits[rows], drawn[rows], most))
 
     def snapshot(self, running: Running) -> Cache:
         """The sequence's cache as it is now, in arrays of its own."""
@@ -132,7 +180,7 @@ class Model:
             return
         self.batch = [self.batch[i] for i in stay]
         if not stay:
-            self.cache, self._next = [], None
+            self.clear()
             return
         assert self._next is not None
         self._next = self._next[mx.array(stay)]
@@ -144,6 +192,7 @@ class Model:
     def clear(self) -> None:
         """Forget all that decodes."""
         self.batch, self.cache, self._next = [], [], None
+        self._told = NOTHING_TOLD
 
     def blocks_of(self, running: Running) -> tuple[int, ...]:
         """The pool's blocks that a sequence holds."""

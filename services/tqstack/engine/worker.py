@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +16,10 @@ from tqstack.attention.pool import Pool
 from tqstack.engine import caches
 from tqstack.engine.budget import Budget, Costs, Wish
 from tqstack.engine.disk import DiskStore
-from tqstack.engine.jobs import Event, Failed, Job, JobError, Progress, Removed, Token
+from tqstack.engine.drawing import Drawer
+from tqstack.engine.forks import Fork
+from tqstack.engine.grammar import Form, GrammarError, Grammars
+from tqstack.engine.jobs import Event, Failed, Job, JobError, Measured, Progress, Removed, Token
 from tqstack.engine.meter import Meter, Tracked
 from tqstack.engine.places import APART, places
 from tqstack.engine.prefix import Node
@@ -28,6 +31,8 @@ from tqstack.models.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
+Deliver = Callable[[Event], None]
+MEASURED_CHUNK = 32  # tokens whose logits are computed at once: a large vocabulary's take 1 MB each
 MEASURE_SECONDS = 0.5  # between two looks at what is held, while jobs run
 TOTALS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
 
@@ -49,6 +54,7 @@ class Worker:
     ):
         self.runtime = runtime
         self.totals: Counter[str] = Counter()
+        self.grammars = Grammars(runtime.tokenizer, runtime.end_tokens)
         self.resting = disk is not None  # there may be something to write while nobody waits
         self.last_token_at: float | None = None
         self.last_step_at: float | None = None  # a token, or a piece of a prompt
@@ -101,15 +107,45 @@ class Worker:
     def busy(self) -> bool:
         return bool(self._tracked)
 
-    def submit(self, job: Job, deliver: Callable[[Event], None]) -> None:
+    def submit(self, job: Job, deliver: Deliver) -> None:
         """Take a job in, or tell at once why not."""
-        tracked = self._tracked[job.id] = Tracked(
-            job, deliver, np.asarray(job.tokens, dtype=np.int32)
-        )
-        found = self._prefixes.find(tracked.ids).usable if job.cache_prompt else 0
-        refusal = self._scheduler.submit(Waiter(job.id, job.prompt_tokens - 1, read=found))
-        if refusal:
-            self._fail([tracked], self._refusal(job, refusal))
+        self.submit_all([(job, deliver)])
+
+    def submit_all(self, jobs: Sequence[tuple[Job, Deliver]]) -> None:
+        """Take jobs of one prompt in; it is read once."""
+        taken = [tracked for job, deliver in jobs if (tracked := self._take(job, deliver))]
+        if len(taken) > 1:
+            ids = [tracked.job.id for tracked in taken]
+            fork = Fork(ids, taken[0].job.prompt_tokens - 1, self._budget)
+            for tracked in taken:
+                tracked.fork = fork
+        first: int | None = None
+        for tracked in taken:
+            job = tracked.job
+            waiter = Waiter(job.id, job.prompt_tokens - 1, self._found(tracked).usable, after=first)
+            if refusal := self._scheduler.submit(waiter):
+                self._fail([tracked], self._refusal(job, refusal))
+            elif first is None:
+                first = job.id
+
+    def _take(self, job: Job, deliver: Deliver) -> Tracked | None:
+        """Follow a job, unless its form cannot be had."""
+        form: Form | None = None
+        try:
+            form = self.grammars.form(job.grammar) if job.grammar else None
+        except GrammarError as error:
+            deliver(Failed(JobError("bad_grammar", str(error))))
+            return None
+        ids = np.asarray(job.tokens, dtype=np.int32)
+        tracked = self._tracked[job.id] = Tracked(job, deliver, ids, form)
+        return tracked
+
+    def _found(self, tracked: Tracked) -> Source:
+        """What is kept of a job's prompt."""
+        job = tracked.job
+        if not job.cache_prompt or job.prompt_logprobs is not None:
+            return NOTHING
+        return self._prefixes.find(tracked.ids)
 
     def cancel(self, job: Job) -> None:
         """Take a job off; harmless if it has ended. What was read of its prompt is kept."""
@@ -151,6 +187,8 @@ class Worker:
         self._model.leave([t.running for t in gone if t.running is not None])
         for tracked in gone:
             tracked.running = None
+            if tracked.fork:
+                tracked.fork.leave(tracked.job.id)
             self._tracked.pop(tracked.job.id, None)
             self._scheduler.remove(tracked.job.id)
             self._budget.release(tracked.job.id)
@@ -178,10 +216,9 @@ class Worker:
 
     def _read(self, tracked: Tracked, count: int) -> None:
         running, began = tracked.running, time.perf_counter()
-        assert running is not None
+        assert running is not None and running.cache is not None
         try:
-            if count:
-                self._model.read(running, count)
+            told = self._model.read(running, count) if count else ()
         except Exception as error:
             log.exception("reading a prompt failed")
             self._fail([tracked], JobError("engine_error", f"reading the prompt failed: {error}"))
@@ -190,7 +227,11 @@ class Worker:
         waiter = self._scheduler.was_read(tracked.job.id, count, time.perf_counter() - began)
         if len(running.tokens) in waiter.stops:
             self._keep(tracked)
+        if told:
+            tracked.deliver(Measured(len(running.tokens) - count + 1, tuple(told)))
         if not waiter.left:
+            if tracked.fork:
+                tracked.fork.offer(running.cache, self._wanted())
             self._model.join(running)
         else:
             total = tracked.job.prompt_tokens
@@ -211,23 +252,27 @@ class Worker:
         self.last_step_at = time.time()
         self._scheduler.decoded(now - began)
         ended: list[tuple[Tracked, Token]] = []
-        for running, token in made:
-            tracked, self.last_token_at = batch[running], self.last_step_at
+        for one in made:
+            tracked, self.last_token_at = batch[one.running], self.last_step_at
             tracked.first_token = tracked.first_token or now
             self.totals["output_tokens"] += 1
-            if (reason := self._finish_reason(running, token)) is None:
-                tracked.deliver(Token(token))
+            if (reason := one.running.finish_reason(one.token)) is None:
+                tracked.deliver(Token(one.token, logprob=one.logprob))
             else:
                 self._keep(tracked)
-                ended.append((tracked, Token(token, reason, self._meter.stats(tracked))))
+                stats = self._meter.stats(tracked)
+                ended.append((tracked, Token(one.token, reason, stats, one.logprob)))
         self._forget([tracked for tracked, _ in ended])
         for tracked, last in ended:
             tracked.deliver(last)
+        self._fail_formless(batch)
 
-    def _finish_reason(self, running: Running, token: int) -> str | None:
-        if token in self.runtime.end_tokens:
-            return "stop"
-        return "length" if running.generated >= running.job.max_tokens else None
+    def _fail_formless(self, batch: dict[Running, Tracked]) -> None:
+        """End those whose form has become too complex to keep to."""
+        for running, tracked in batch.items():
+            if running.drawer.error and tracked.running:
+                why = f"the answer's form cannot be kept to: {running.drawer.error}"
+                self._fail([tracked], JobError("engine_error", why))
 
     # -- room: what the scheduler asks -----------------------------------------------------------
 
@@ -236,8 +281,14 @@ class Worker:
 
     def admit(self, job: int) -> Admission | None:
         tracked = self._tracked[job]
-        found = self._prefixes.find(tracked.ids) if tracked.job.cache_prompt else NOTHING
-        for source, kept in self._choices(found):
+        if (fork := tracked.fork) and fork.ready:
+            wish = Wish(tracked.job.longest, shared=fork.blocks)
+            if chunk := self._budget.admit(job, wish, self._wanted()):
+                return self._begin(tracked, NOTHING, chunk)
+            if self._scheduler.runs:
+                return None
+            fork.drop()  # it takes the last room
+        for source, kept in self._choices(self._found(tracked)):
             wish = Wish(tracked.job.longest, source.node)
             if chunk := self._budget.admit(job, wish, kept):
                 return self._begin(tracked, source, chunk)
@@ -263,14 +314,20 @@ class Worker:
     def _begin(self, tracked: Tracked, source: Source, chunk: int) -> Admission:
         job = tracked.job
         tracked.started = time.perf_counter()
-        cache, used = self._prefixes.open(source)
-        tracked.running = Running(job, cache, list(job.tokens[:used]))
+        if (fork := tracked.fork) and fork.ready:
+            cache, used = fork.take(), fork.tokens
+        else:
+            cache, used = self._prefixes.open(source)
+        drawer = Drawer(job, self.runtime.end_tokens, tracked.form)
+        tracked.running = Running(job, cache, list(job.tokens[:used]), drawer)
+        if fork:
+            fork.leave(job.id)
         tracked.cached = tracked.kept = used
         self.totals["requests"] += 1
         self.totals["prompt_tokens"] += job.prompt_tokens
         self.totals["cached_tokens"] += used
         stops: tuple[int, ...] = ()
-        if job.cache_prompt:
+        if job.cache_prompt and not (fork and used == fork.tokens):
             self._prefixes.account(source, job.prompt_tokens, used, job.id)
             stops = places(job.prompt_tokens, job.boundaries, used, source.known)
         if source.files and used:
@@ -278,6 +335,8 @@ class Worker:
             self._keep(tracked)
         self._measure()
         tracked.deliver(Progress(used, job.prompt_tokens, used))
+        if job.prompt_logprobs is not None:
+            chunk = min(chunk, MEASURED_CHUNK)
         return Admission(chunk, used, stops)
 
     def _keep(self, tracked: Tracked) -> None:
