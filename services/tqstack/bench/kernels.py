@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 
 import mlx.core as mx
 
 from tqstack.attention.blocks import BlockLayout, Stored
-from tqstack.attention.kernels import decode, encode
+from tqstack.attention.kernels import encode
+from tqstack.attention.kernels.choose import attention as attend
 from tqstack.attention.kernels.program import backend
 from tqstack.attention.timing import median_seconds
 from tqstack.models.layers import recurrence
@@ -24,6 +26,7 @@ from tqstack.turboquant.lloyd import LloydCodec
 QUERY_HEADS, KV_HEADS, DIM = 16, 2, 256  # softmax layers of Qwen3.5-35B-A3B
 TAIL = 192  # exact tokens of a sequence: between 128 and 256, as it goes
 CHAIN = 20
+QUERY_TOKENS = (1, 2, 4, 8, 16, 64, 512, 2048)
 Step = Callable[[mx.array], mx.array]
 
 
@@ -57,13 +60,16 @@ def random_blocks(layout: BlockLayout, count: int) -> mx.array:
     return rows
 
 
-def attention_step(key_spec: str, value_spec: str, contexts: list[int]) -> Step:
-    """Over sequences of so many tokens, whole blocks of them packed and the last TAIL exact."""
+def attention_step(
+    key_spec: str, value_spec: str, contexts: list[int], query_tokens: int = 1
+) -> Step:
+    """The newest query tokens of sequences, behind so many others, of which whole blocks are packed
+    and the last TAIL exact."""
     key_codec, value_codec = make_codec(key_spec, DIM), make_codec(value_spec, DIM)
     layout = BlockLayout(key_codec, value_codec, KV_HEADS)
     counts = [max(0, tokens - TAIL) // layout.block_tokens for tokens in contexts]
     ends = list(accumulate(counts))
-    slots = TAIL + layout.block_tokens
+    slots = TAIL + max(layout.block_tokens, query_tokens)
     tails = [
         mx.random.normal((len(contexts), KV_HEADS, slots, DIM)).astype(mx.bfloat16)
         for _ in range(2)
@@ -77,19 +83,21 @@ def attention_step(key_spec: str, value_spec: str, contexts: list[int]) -> Step:
         tail_keys=tails[0],
         tail_values=tails[1],
         starts=tuple(starts),
-        lengths=tuple(start + TAIL for start in starts),
-        counts=(1,) * len(contexts),
+        lengths=tuple(start + TAIL + query_tokens - 1 for start in starts),
+        counts=(query_tokens,) * len(contexts),
     )
-    return lambda queries: decode.decode_attention(queries, stored, scale=DIM**-0.5)
+    mask = "causal" if query_tokens > 1 else None
+    return lambda queries: attend(queries, stored, scale=DIM**-0.5, mask=mask)
 
 
-def sdpa_step(tokens: int) -> Step:
+def sdpa_step(tokens: int, query_tokens: int = 1) -> Step:
     keys, values = (
         mx.random.normal((1, KV_HEADS, tokens, DIM)).astype(mx.bfloat16) for _ in range(2)
     )
     mx.eval(keys, values)
+    mask = "causal" if query_tokens > 1 else None
     return lambda queries: mx.fast.scaled_dot_product_attention(
-        queries, keys, values, scale=DIM**-0.5
+        queries, keys, values, scale=DIM**-0.5, mask=mask
     )
 
 
@@ -115,6 +123,19 @@ def attention(contexts: list[int], specs: list[str]) -> None:
     print(
         f"8 sequences of {lengths[0]} to {tokens} tokens {eight * 1e3:.0f} us, one {one * 1e3:.0f}"
     )
+
+
+def prompts(contexts: list[int], spec: str) -> None:
+    """Several query tokens at once: drafts, a chunk's rest, whole chunks."""
+    for tokens in contexts:
+        for count in QUERY_TOKENS:
+            queries = mx.random.normal((1, QUERY_HEADS, count, DIM)).astype(mx.bfloat16)
+            plain = milliseconds(partial(sdpa_step(tokens + count, count), queries), trials=5)
+            ours = milliseconds(partial(attention_step(spec, spec, [tokens], count), queries), 5)
+            print(
+                f"{count:>5} query tokens on {tokens:>7}  bf16 SDPA {plain:8.3f} ms  "
+                f"{spec} {ours:8.3f} ms  {plain / ours:.1f}x"
+            )
 
 
 def encoding() -> None:
@@ -161,6 +182,7 @@ def main() -> None:
     if backend() is None:
         raise SystemExit("kernels need a GPU, and MLX has none here")
     attention(arguments.context, arguments.codecs)
+    prompts(arguments.context, arguments.codecs[0])
     encoding()
     if backend() == "cuda":
         for tokens in (1, 2048):

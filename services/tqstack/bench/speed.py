@@ -108,7 +108,7 @@ def run(
     prompt = mx.array(np.resize(tokens, work.prompt_tokens).astype(np.int32))[None]
     if work.context:
         for cache in caches:
-            fill(model, cache, work.context)
+            fill(model, cache, work.context, work.prompt_tokens + work.generation_tokens)
     mx.synchronize()
     mx.clear_cache()
     held_before = mx.get_active_memory() - sum(sum(cache_bytes(cache)) for cache in caches)
@@ -171,8 +171,10 @@ def merged(caches: list[list[Any]]) -> list[Any]:
     return batch
 
 
-def fill(model: nn.Module, cache: list[Any], context: int) -> None:
+def fill(model: nn.Module, cache: list[Any], context: int, to_come: int = 0) -> None:
     """Put `context` made-up tokens into the cache: random keys and values of unit variance.
+
+    `to_come`: tokens that will follow; a cache that can makes room for them, as in serving.
 
     The recurrent state comes from a short real prompt; its size does not depend on the length.
     """
@@ -181,8 +183,8 @@ def fill(model: nn.Module, cache: list[Any], context: int) -> None:
     for layer, entry in zip(layers, cache, strict=True):
         if not hasattr(entry, "update_and_fetch"):
             continue
-        if hasattr(entry, "reserve"):  # as for a prompt whose length is known
-            entry.reserve(context)
+        if hasattr(entry, "reserve"):
+            entry.reserve(context + to_come)
         attention = layer.self_attn
         size = (1, attention.num_key_value_heads, min(FILL_STEP, context), attention.head_dim)
         dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16

@@ -34,7 +34,7 @@ MAX_QUERY_TOKENS = 8
 # As in stored.h, attend.h, exact.h and merge.h: query rows and threads of a block, threads of one
 # that merges, keys of a tail per block, and keys of a warp's step.
 COLUMNS, THREADS, MERGERS, EXACT_KEYS, TILE = 8, 128, 512, 32, 16
-FEW_MERGERS = 128  # for no more splits than that
+FEW = 32  # splits that a warp per row merges
 # Two blocks for each of 132 multiprocessors; each has at least a step for every warp.
 BLOCKS, KEYS_PER_BLOCK = 264, 64
 
@@ -90,6 +90,17 @@ merge<DV, MERGERS, SINKS, ROTATE>(
 )
 
 
+MERGE_FEW = Program(
+    name="merge_few",
+    headers=(*_SHARED_HEADERS, "merge.h"),
+    call="""
+merge_few<DV, SINKS, ROTATE>(
+    parts, stats, sinks, signs, (IN(Call))call, out, tid, block.x, block.y);""",
+    inputs=MERGE.inputs,
+    outputs=MERGE.outputs,
+)
+
+
 def merged(
     parts: mx.array,
     stats: mx.array,
@@ -105,18 +116,13 @@ def merged(
     COLUMNS, d); codec, signs: of the values; sinks: (query heads,) or more in float32."""
     B, heads, L, _ = queries.shape
     shape = (B, heads, L, codec.dim)
-    mergers = FEW_MERGERS if parts.shape[1] <= FEW_MERGERS else MERGERS
-    (out,) = MERGE(
-        [
-            *(parts, stats, sinks),
-            *(UNUSED if signs is None else signs, call),
-        ],
-        template={
-            **{"DV": codec.dim, "MERGERS": mergers},
-            **{"SINKS": with_sinks, "ROTATE": signs is not None},
-        },
-        blocks=(heads // kv_heads * L, B * kv_heads, 1),
-        threads=mergers,
+    rows, few = heads // kv_heads * L, parts.shape[1] <= FEW
+    variant = {"DV": codec.dim, "SINKS": with_sinks, "ROTATE": signs is not None}
+    (out,) = (MERGE_FEW if few else MERGE)(
+        [parts, stats, sinks, UNUSED if signs is None else signs, call],
+        template=variant if few else {**variant, "MERGERS": MERGERS},
+        blocks=(-(-rows * 32 // THREADS) if few else rows, B * kv_heads, 1),
+        threads=THREADS if few else MERGERS,
         outputs=[((2, *shape), mx.float32) if signs is None else (shape, queries.dtype)],
     )
     if signs is not None:

@@ -25,7 +25,7 @@ from tqstack.attention.kernels.arguments import (
     strides_of,
     table_of_blocks,
 )
-from tqstack.attention.kernels.decode import COLUMNS, FEW_MERGERS, THREADS, merged
+from tqstack.attention.kernels.decode import COLUMNS, MERGERS, THREADS, merged
 from tqstack.attention.kernels.program import Program, backend
 
 if TYPE_CHECKING:
@@ -34,18 +34,29 @@ if TYPE_CHECKING:
 KEYS = 64  # of a step of `flash.h` (Metal takes half as many): tails are filled up to them
 SPAN_BYTES = 64 << 20  # of halves that exist at a time
 BLOCKS = 264  # of threads, that run side by side
-KEYS_PER_BLOCK = 512  # at least, where rows are too few to fill a GPU
+KEYS_PER_BLOCK = 256  # at least, where rows are too few to fill a GPU
 MAX_DIM = 256  # whose sums fit in the registers of a warp
 WARPS = 4
 
 _HEADERS = ("hadamard.h", "stored.h")
 
-HALVES = Program(
-    name="halves",
+QUERIES = Program(
+    name="query_halves",
     headers=(*_HEADERS, "halves.h"),
-    call="halves<D, ROTATE, LOW, MEND>(vectors, signs, count[0], high, sizes, tid, block.x);",
-    inputs=("vectors", "signs", "count"),
-    outputs=("high", "sizes"),
+    call="""
+query_halves<D, ROTATE, LOW>(queries, given, signs, (IN(HalvesCall))call, raw, raw_sizes, rotated,
+                             rotated_sizes, tid, block.x);""",
+    inputs=("queries", "given", "signs", "call"),
+    outputs=("raw", "raw_sizes", "rotated", "rotated_sizes"),
+)
+TAIL = Program(
+    name="tail_halves",
+    headers=(*_HEADERS, "halves.h"),
+    call="""
+tail_halves<DK, DV>(
+    tail_keys, tail_values, (IN(HalvesCall))call, keys, values, sizes, tid, block.x);""",
+    inputs=("tail_keys", "tail_values", "call"),
+    outputs=("keys", "values", "sizes"),
 )
 
 
@@ -150,24 +161,23 @@ def prefill_attention(
         *(stored.exact_tokens, int(isinstance(mask, str)), window, *strides_of(array_mask)),
         scale=float(scale),
     )
-    low = queries.dtype == mx.float32
-    raw, rotated = (_query_halves(queries, kv_heads, low, codec) for codec in (None, codecs[0]))
+    rows_as_halves, low = _query_halves(queries, kv_heads, codecs[0]), _needs_low(queries)
     same = [
-        *(*tail, *raw, *rotated, extents_of(stored.starts, stored.lengths)),
+        *(*tail, *rows_as_halves, extents_of(stored.starts, stored.lengths)),
         UNUSED if array_mask is None else at_least_8(array_mask),
     ]
     dims = {"DK": codecs[0].dim, "DV": codecs[1].dim}
     constant = {**dims, "LOW": low, "MASKED": array_mask is not None, "BLOCK": layout.block_tokens}
     program = flash_program(_shared_words(dims["DK"], dims["DV"], low))
-    groups = B * kv_heads * -(-rows // COLUMNS)
+    groups, padded = B * kv_heads * -(-rows // COLUMNS), tiles // (B * kv_heads) * rows_of_block()
     sums = [UNUSED, UNUSED]
     for start, tokens in spans:
         goes_on, last = (start, tokens) != spans[0], (start, tokens) == spans[-1]
-        span = _integers(start, tokens, raw[0].shape[1] // (B * kv_heads), goes_on, last)
+        span = _integers(start, tokens, padded, goes_on, last)
         halves = [_NO_HALVES, _NO_HALVES, UNUSED]
         if tokens:
-            (after,) = mx.depends([table], sums)  # one span after the other
-            halves = _expanded(stored, after, span, call, tokens)
+            after = mx.depends([table], sums) if goes_on else [table]
+            halves = _expanded(stored, after[0], span, call, tokens)
         before = sums
         sums = program(
             [*halves, *same, *before, call, span],
@@ -185,7 +195,9 @@ def prefill_attention(
             mx.eval(before)
     given = UNUSED if sinks is None else at_least_8(sinks.astype(mx.float32))
     signs = hadamard_signs(codecs[1])
-    return merged(*sums, call, queries, codecs[1], signs, kv_heads, given, sinks is not None)
+    parts, stats = sums
+    values = codecs[1], signs
+    return merged(parts, stats, call, queries, *values, kv_heads, given, sinks is not None)
 
 
 def _one_by_one(queries: mx.array, stored: Stored, *, mask: Any, **options: Any) -> mx.array:
@@ -240,7 +252,7 @@ def _division(tokens: int, tiles: int) -> tuple[int, int]:
     themselves; few rows share out the keys."""
     if not tokens:
         return KEYS, 0
-    splits = max(1, min(BLOCKS // tiles, tokens // KEYS_PER_BLOCK, FEW_MERGERS - 1))
+    splits = max(1, min(BLOCKS // tiles, tokens // KEYS_PER_BLOCK, MERGERS - 1))
     share = -(-tokens // (splits * KEYS)) * KEYS
     return share, -(-tokens // share)
 
@@ -260,44 +272,48 @@ def _shared_words(key_dim: int, value_dim: int, low: bool) -> int:
     return rows * key_row * (1 + low) + KEYS * (key_row + value_row) + 2 * KEYS * 4
 
 
-def _halves(
-    vectors: mx.array, *, signs: mx.array | None = None, low: bool = False, mend: bool = False
-) -> list[mx.array]:
-    """(..., D) vectors -> halves (1 or 2, count, D), and sizes (count,)."""
-    D = vectors.shape[-1]
-    count = vectors.size // D
-    return HALVES(
-        [vectors, UNUSED if signs is None else signs, _integers(count)],
-        template={"D": D, "ROTATE": signs is not None, "LOW": low, "MEND": mend},
-        blocks=(-(-count // WARPS), 1, 1),
+def _query_halves(queries: mx.array, kv_heads: int, codec: Any) -> list[mx.array]:
+    """The rows of every KV head, filled up to whole blocks of threads: halves (1, or 2 with the low
+    ones, rows, D) and sizes as they are, and the same in the codec's rotation."""
+    B, heads, L, D = queries.shape
+    vectors = heads // kv_heads * L
+    padded = -(-vectors // rows_of_block()) * rows_of_block()
+    rows, low, signs = B * kv_heads * padded, _needs_low(queries), hadamard_signs(codec)
+    shapes = [((1 + low, rows, D), mx.float16), ((rows,), mx.float32)]
+    return QUERIES(
+        [
+            *(queries, queries if signs is not None else codec.rotate(queries)),
+            *(UNUSED if signs is None else signs, _integers(vectors, padded, B * kv_heads)),
+        ],
+        template={"D": D, "ROTATE": signs is not None, "LOW": low},
+        blocks=(-(-rows // WARPS), 1, 1),
         threads=THREADS,
-        outputs=[((1 + low, count, D), mx.float16), ((count,), mx.float32)],
+        outputs=[*shapes, *shapes],
     )
 
 
-def _query_halves(queries: mx.array, kv_heads: int, low: bool, codec: Any) -> list[mx.array]:
-    """Halves (1 or 2, rows, D) and sizes of the rows of every KV head, filled up to whole blocks of
-    threads. codec: whose rotation they are wanted in, or None."""
-    B, heads, L, D = queries.shape
-    rows = queries.reshape(B * kv_heads, heads // kv_heads * L, D)
-    missing = -rows.shape[1] % rows_of_block()
-    rows = mx.pad(rows, [(0, 0), (0, missing), (0, 0)]) if missing else rows
-    signs = None if codec is None else hadamard_signs(codec)
-    if codec is not None and signs is None:
-        rows = codec.rotate(rows)
-    return _halves(rows, signs=signs, low=low)
+def _needs_low(queries: mx.array) -> bool:
+    """Whether halves lose digits that the queries have: 11 of float32's 24."""
+    return queries.dtype == mx.float32
 
 
 def _tail_halves(stored: Stored) -> list[mx.array]:
-    """The exact keys and values as halves (B * KV heads, slots, d), and `SIZES` of each slot."""
-    slots = [_in_tiles(x) for x in _stacked(stored)]
-    (keys, key_sizes), (values, value_sizes) = (_halves(x, mend=True) for x in slots)
-    B, kv_heads, count, _ = slots[0].shape
-    return [
-        keys.reshape(B * kv_heads, count, -1),
-        values.reshape(B * kv_heads, count, -1),
-        _size_records(key_sizes, value_sizes).reshape(B * kv_heads, count, -1),
-    ]
+    """The exact keys and values as halves (B * KV heads, slots, d), and `SIZES` of each slot; slots
+    are filled up to whole steps of keys."""
+    keys, values = _stacked(stored)
+    B, kv_heads, vectors, _ = keys.shape
+    padded, heads = -(-vectors // KEYS) * KEYS, B * kv_heads
+    dims = {"DK": keys.shape[-1], "DV": values.shape[-1]}
+    return TAIL(
+        [keys, values, _integers(vectors, padded, heads)],
+        template=dims,
+        blocks=(-(-heads * padded // WARPS), 1, 1),
+        threads=THREADS,
+        outputs=[
+            *(((heads, padded, dim), mx.float16) for dim in dims.values()),
+            ((heads, padded, 4), mx.float32),
+        ],
+    )
 
 
 def _stacked(stored: Stored) -> list[mx.array]:
@@ -308,19 +324,10 @@ def _stacked(stored: Stored) -> list[mx.array]:
     slots = max(x.shape[2] for x in tails[0])
     return [
         mx.concatenate([mx.pad(x, [(0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)]) for x in tail])
+        if len(tail) > 1
+        else tail[0]
         for tail in tails
     ]
-
-
-def _in_tiles(x: mx.array) -> mx.array:
-    missing = -x.shape[2] % KEYS
-    return mx.pad(x, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else x
-
-
-@mx.compile
-def _size_records(key_sizes: mx.array, value_sizes: mx.array) -> mx.array:
-    inverse = 1 / value_sizes
-    return mx.stack([key_sizes, mx.log2(value_sizes), inverse, inverse], axis=-1)
 
 
 def _expanded(

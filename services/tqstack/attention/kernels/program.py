@@ -8,7 +8,7 @@ that calls it. Programs compile lazily, because `mx.fast.cuda_kernel` raises wit
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -91,7 +91,7 @@ class Program:
         self,
         inputs: Sequence[mx.array],
         *,
-        template: dict[str, int | bool | mx.Dtype],
+        template: Mapping[str, int | bool | mx.Dtype],
         blocks: tuple[int, int, int],
         threads: int,
         outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
