@@ -74,6 +74,66 @@ def test_echo_is_the_prompt_and_then_the_answer(client):
     assert texts(complete(client, echo=True)) == [PROMPT + answer]
 
 
+def test_logprobs_are_told_of_each_token_that_is_shown(client):
+    [choice] = complete(client, logprobs=2, echo=True, max_tokens=6)["choices"]
+    told = choice["logprobs"]
+    assert "".join(told["tokens"]) == choice["text"]
+    assert told["token_logprobs"][0] is None and max(told["token_logprobs"][1:]) <= 0
+    places = zip(told["text_offset"], told["tokens"], strict=True)
+    assert all(choice["text"].startswith(token, at) for at, token in places)
+    assert all(len(top) == 2 for top in told["top_logprobs"][1:])
+    [cut] = complete(client, logprobs=0, stop=choice["text"][-3:], max_tokens=6)["choices"]
+    assert "".join(cut["logprobs"]["tokens"]).startswith(cut["text"])
+    assert len(cut["logprobs"]["tokens"]) < 6
+    [prompt] = complete(client, logprobs=1, echo=True, max_tokens=0)["choices"]
+    assert prompt["text"] == PROMPT and len(prompt["logprobs"]["tokens"]) == len(told["tokens"]) - 6
+    [vllms] = complete(client, prompt_logprobs=1, max_tokens=1)["choices"]
+    values = [max(one["logprob"] for one in top.values()) for top in vllms["prompt_logprobs"][1:]]
+    best = [max(top.values()) for top in told["top_logprobs"][1 : len(values) + 1]]
+    assert values == pytest.approx(best)
+
+
+def test_a_chat_s_logprobs_come_whole_and_streamed(client):
+    body = {"messages": HELLO, "max_tokens": 6, "temperature": 0, "logprobs": True}
+    body["top_logprobs"] = 3
+    whole = client.post("/v1/chat/completions", json=body).json()["choices"][0]
+    told = whole["logprobs"]["content"]
+    assert "".join(one["token"] for one in told) == whole["message"]["content"]
+    assert all(len(one["top_logprobs"]) == 3 for one in told)
+    assert all(one["top_logprobs"][0]["logprob"] == one["logprob"] for one in told)
+    streamed = []
+    for event in events_of(client.post("/v1/chat/completions", json={**body, "stream": True})):
+        for choice in event["choices"]:
+            streamed += (choice["logprobs"] or {"content": []})["content"]
+    assert [one["token"] for one in streamed] == [one["token"] for one in told]
+
+
+def test_of_more_answers_than_are_wanted_the_likeliest_are_given(client):
+    options = {"temperature": 1.0, "seed": 5, "max_tokens": 8}
+    every = complete(client, n=4, logprobs=0, **options)["choices"]
+    means = {c["text"]: sum(c["logprobs"]["token_logprobs"]) / 8 for c in every}
+    answer = complete(client, n=2, best_of=4, **options)
+    assert texts(answer) == sorted(means, key=means.__getitem__)[:-3:-1]
+    assert answer["usage"]["completion_tokens"] == 32
+
+
+def test_an_answer_is_as_long_as_it_must_be(client):
+    end = {"2": 100}
+    assert texts(complete(client, logit_bias=end)) == [""]
+    longer = complete(client, logit_bias=end, min_tokens=5)
+    assert longer["usage"]["completion_tokens"] == 6
+    [choice] = complete(client, logit_bias=end, ignore_eos=True)["choices"]
+    assert choice["finish_reason"] == "length"
+    [whole] = texts(complete(client))
+    stop = whole[2]
+    assert len(texts(complete(client, stop=stop, min_tokens=6))[0]) > whole.index(stop)
+    tokens = client.post("/tokenize", json={"prompt": whole}).json()["tokens"]
+    [choice] = complete(client, stop_token_ids=[tokens[2]], include_stop_str_in_output=True)[
+        "choices"
+    ]
+    assert choice["stop_reason"] == tokens[2] and whole.startswith(choice["text"])
+
+
 def test_an_answer_keeps_its_first_spaces(client):
     """The seed of the flaw: indentation."""
     [text] = texts(complete(client, "def f(x):\n    if x:\n", max_tokens=4))
@@ -118,12 +178,12 @@ def test_embeddings_are_a_501_that_says_what_to_do(client):
 
 
 def test_capabilities_are_told(client):
-    assert "tools" in client.get("/health").json()["capabilities"]
+    assert {"tools", "logprobs", "json_schema"} <= set(client.get("/health").json()["capabilities"])
 
 
 @pytest.mark.parametrize("name", [*refusals.BOTH, *refusals.CHAT])
 def test_what_a_chat_cannot_have_is_refused(client, name):
-    value = True if name in ("logprobs", "ignore_eos", "use_beam_search") else {"a": 1}
+    value = True if name == "use_beam_search" else {"a": 1}
     response = client.post("/v1/chat/completions", json={"messages": HELLO, name: value})
     error = response.json()["error"]
     assert response.status_code == 400 and error["param"] == name
@@ -132,7 +192,26 @@ def test_what_a_chat_cannot_have_is_refused(client, name):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"suffix": "x"}, {"logprobs": 0}, {"best_of": 3}, {"n": 16, "prompt": ["a"] * 9}],
+    [
+        {"suffix": "x"},
+        {"logprobs": 21},
+        {"best_of": 2, "n": 3},
+        {"best_of": 3, "stream": True},
+        {"n": 16, "prompt": ["a"] * 9},
+        {"logit_bias": {"999999": 1}},
+        {"logit_bias": {"the": 1}},
+        {"stop_token_ids": [999999]},
+        {"min_tokens": 20, "max_tokens": 10},
+        {"prompt_logprobs": 1, "stream": True},
+        {"guided_regex": "("},
+        {"guided_choice": []},
+        {"guided_json": "{"},
+        {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+        {"structured_outputs": {"structural_tag": "{}"}},
+        {"grammar": "root ::= ("},
+        {"ignore_eos": True, "guided_regex": "a"},
+        {"guided_regex": "a", "guided_choice": ["b"]},
+    ],
 )
 def test_what_a_completion_cannot_have_is_refused(client, fields):
     response = client.post("/v1/completions", json={"prompt": "a", **fields})

@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import pytest
 from mlx_lm.tokenizer_utils import load
-from mlx_lm.tool_parsers import json_tools, qwen3_coder
 from transformers import AutoTokenizer
 
-from sidecar.tokenizers import tokenizer_of
 from tqstack import demo_model
 from tqstack.openai_api.errors import ApiError
 from tqstack.openai_api.schema import ChatRequest, TextRequest, validate
@@ -192,31 +190,3 @@ def test_functions_of_before_tools_are_tools():
 def test_malformed_tools_are_refused(tools):
     with pytest.raises(ApiError, match="tools"):
         validate(ChatRequest, {"messages": [said("user", "hi")], "tools": tools})
-
-
-LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
-SEE = {"type": "function", "function": {"name": "see", "parameters": {"type": "object"}}}
-
-
-@pytest.mark.parametrize(
-    "parser, choice, end",
-    [
-        (json_tools, {"type": "function", "function": {"name": "see"}},
-         '<tool_call>\n{"name": "see", "arguments": '),
-        (qwen3_coder, {"type": "function", "function": {"name": "see"}},
-         "<tool_call>\n<function=see>\n"),
-        (json_tools, "required", "<tool_call>"),
-    ],
-)  # fmt: skip
-def test_a_call_that_must_be_made_is_begun_in_the_family_s_form(parser, choice, end):
-    tokenizer = tokenizer_of(parser)
-    request = ChatRequest(messages=[said("user", "hi")], tools=[LOOK, SEE], tool_choice=choice)
-    prompt = chat_prompt(tokenizer, request)
-    assert PLAIN.decode(list(prompt.begun)) == end
-    assert PLAIN.decode(prompt.tokens).endswith(f"assistant\n{end}")
-
-
-def test_a_call_that_cannot_be_forced_is_refused():
-    for fields in ({}, {"tools": [LOOK], "tool_choice": {"type": "function", "function": {}}}):
-        with pytest.raises(ApiError, match="tool_choice"):
-            prompt_of(said("user", "hi"), **{"tool_choice": "required", **fields})

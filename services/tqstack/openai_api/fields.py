@@ -39,6 +39,21 @@ _SAMPLING = {
     "stop": Field("done; the one that was found is the choice's `stop_reason`"),
     "stop_token_ids": ONLY_SIDECAR,
     "include_stop_str_in_output": ONLY_SIDECAR,
+    "min_tokens": ONLY_SIDECAR,
+    "ignore_eos": ONLY_SIDECAR,
+    "logit_bias": Field("done, by token ids of the sidecar's model", UNREAD),
+    "prompt_logprobs": Field("done, in whole answers", UNREAD),
+}
+_SCHEMA = "a JSON schema, forced; what cannot be forced is a 400 that says what"
+_FORMS = {
+    "response_format": Field("text, json_object, json_schema; forced from the reasoning's end on"),
+    "guided_json": Field(_SCHEMA, UNREAD),
+    "json_schema": Field(f"{_SCHEMA} (llama.cpp's name)", UNREAD),
+    "guided_regex": Field("forced", UNREAD),
+    "guided_choice": Field("forced", UNREAD),
+    "guided_grammar": Field("forced: GBNF or Lark", UNREAD),
+    "grammar": Field("forced: GBNF or Lark (llama.cpp's name)", UNREAD),
+    "structured_outputs": Field("one of json, json_object, regex, choice, grammar", UNREAD),
 }
 _COMMON = {
     "model": DONE,
@@ -48,6 +63,7 @@ _COMMON = {
     "user": LABEL,
     "cache_prompt": Field("false: nothing is kept, nothing kept is used", "not read"),
     **_SAMPLING,
+    **_FORMS,
 }
 CHAT: dict[str, Field] = {
     "messages": Field(
@@ -58,12 +74,16 @@ CHAT: dict[str, Field] = {
     **_COMMON,
     "max_completion_tokens": Field("done", "done: sent as `max_tokens`"),
     "tools": DONE,
-    "tool_choice": Field("auto, none, required, one tool; the call's beginning is forced", UNREAD),
+    "tool_choice": Field(
+        "auto, none, required, one tool; calls are forced in the model's own form, where that is "
+        "known, else their beginning",
+        UNREAD,
+    ),
     "parallel_tool_calls": Field("false: an answer ends with its first call", UNREAD),
     "functions": Field("done, as tools; the call is `function_call`", UNREAD),
     "function_call": Field("done", UNREAD),
-    "response_format": Field("text; else refused, and sent to Ollama"),
-    "logprobs": Field("refused, and sent to Ollama"),
+    "logprobs": Field("done, of the content: the model's own, before sampling parameters"),
+    "top_logprobs": Field("0 to 20"),
     "reasoning_effort": Field("where the template has a switch; none closes the block"),
     "chat_template_kwargs": Field("names that the template knows", UNREAD),
     "add_generation_prompt": ONLY_SIDECAR,
@@ -81,9 +101,11 @@ CHAT: dict[str, Field] = {
 COMPLETIONS: dict[str, Field] = {
     "prompt": Field("a text, tokens, or a list of either", "one text"),
     **_COMMON,
+    "max_tokens": Field("done; 0 with `echo`: the prompt alone"),
+    "response_format": Field("as chat's", UNREAD),
     "echo": ONLY_SIDECAR,
-    "best_of": Field("the same as `n`", UNREAD),
-    "logprobs": Field("refused"),
+    "best_of": Field("done: the likeliest `n` by mean logprob; not streamed", UNREAD),
+    "logprobs": Field("0 to 20; with `echo` the prompt's too"),
 }
 RESPONSES: dict[str, Field] = {
     "input": Field(

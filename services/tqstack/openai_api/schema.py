@@ -9,7 +9,15 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from tqstack.openai_api.errors import bad_request, from_validation
 
@@ -17,6 +25,9 @@ from tqstack.openai_api.errors import bad_request, from_validation
 ANY_MODEL = ("", "auto", "default", "tqstack")
 Count = Annotated[int, Field(ge=1, strict=True)]
 MOST_CHOICES = 16
+MOST_LOGPROBS = 20
+Alternatives = Annotated[int, Field(ge=0, le=MOST_LOGPROBS, strict=True)]
+TokenId = Annotated[int, Field(strict=True, ge=0)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
@@ -41,10 +52,36 @@ class _Request(Passing):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, strict=True)] | None = None
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[Annotated[int, Field(strict=True)]] | None = None
+    stop_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: Flag | None = None
+    min_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
+    ignore_eos: Flag | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    prompt_logprobs: Alternatives | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: Annotated[str, Field(min_length=1)] | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: Annotated[str, Field(min_length=1)] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    json_schema: dict[str, Any] | str | None = None
+    grammar: Annotated[str, Field(min_length=1)] | None = None
     n: Annotated[int, Field(strict=True, ge=1, le=MOST_CHOICES)] | None = None
     cache_prompt: Flag | None = None
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _of_tokens(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        if any(not token.isdecimal() for token in bias or ()):
+            raise ValueError("tokens are named by their numbers")
+        return bias
+
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _not_streamed(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("stream"):
+            raise ValueError("they come with a whole answer; leave out stream")
+        return value
 
     @property
     def stop_strings(self) -> list[str]:
@@ -114,7 +151,7 @@ class ChatRequest(_Request):
     add_generation_prompt: Flag | None = None
     continue_final_message: Flag | None = None
     logprobs: Flag | None = None
-    response_format: dict[str, Any] | None = None
+    top_logprobs: Alternatives | None = None
 
     @field_validator("tools")
     @classmethod
@@ -138,6 +175,18 @@ class ChatRequest(_Request):
             named = isinstance(choice, dict)
             self.tool_choice = {"type": "function", "function": choice} if named else choice
         return self
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _of_something(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise ValueError("send logprobs: true with it")
+        return value
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told beside each; None: nothing is."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def legacy_functions(self) -> bool:
@@ -172,8 +221,31 @@ class TextRequest(_Request):
         | Annotated[list[Text], Field(min_length=1)]
         | Annotated[list[Tokens], Field(min_length=1)]
     )
+    max_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
     echo: Flag | None = None
-    best_of: Count | None = None
+    best_of: Annotated[int, Field(strict=True, ge=1, le=MOST_CHOICES)] | None = None
+    logprobs: Alternatives | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> TextRequest:
+        if self.max_tokens == 0 and not (self.echo or self.prompt_logprobs is not None):
+            raise ValueError("max_tokens: 0 needs echo, or there is nothing to answer")
+        return self
+
+    @field_validator("best_of")
+    @classmethod
+    def _of_several(cls, value: int | None, info: ValidationInfo) -> int | None:
+        wanted = info.data.get("n") or 1
+        if value and value < wanted:
+            raise ValueError("there must be at least n to choose from")
+        if value and value > wanted and info.data.get("stream"):
+            raise ValueError("a stream cannot wait for the best; leave out stream")
+        return value
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told beside each; None: nothing is."""
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:

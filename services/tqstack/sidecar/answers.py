@@ -7,6 +7,7 @@ import uuid
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
+from tqstack.sidecar.logprobs import Spoken, chat_form, text_form
 from tqstack.sidecar.text import Content, Part, Reasoning, ToolCall
 
 
@@ -35,16 +36,18 @@ class Choice:
     """One of an answer's choices, as far as it has come.
 
     Attributes:
-        stop_string: the one that ended it.
+        stop_reason: the stop string or the stop token that ended it.
         stats: how it was made.
+        prompt_logprobs: vLLM's, of its prompt.
     """
 
     index: int = 0
     parts: list[Part] = field(default_factory=list)
     calls: int = 0
     reason: str | None = None
-    stop_string: str | None = None
+    stop_reason: str | int | None = None
     stats: dict[str, Any] = field(default_factory=dict)
+    prompt_logprobs: list[Any] | None = None
 
     @property
     def text(self) -> str:
@@ -57,11 +60,13 @@ class Answer:
 
     Args:
         legacy: tool calls have the form of before tools.
+        logprobs: those of the tokens are told.
     """
 
     model: str
     chat: bool
     legacy: bool = False
+    logprobs: bool = False
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -75,7 +80,8 @@ class Answer:
     def chunk(self, choice: Choice, part: Part) -> dict[str, Any]:
         """A part as a stream chunk."""
         if not self.chat:
-            return self._chunk(choice, part.text if isinstance(part, Content) else "")
+            text = part.text if isinstance(part, Content) else ""
+            return self._chunk(choice, text, _tokens(part))
         if isinstance(part, ToolCall):
             number, choice.calls = choice.calls, choice.calls + 1
             if self.legacy:
@@ -83,7 +89,7 @@ class Answer:
             return self._chunk(choice, {"tool_calls": [{"index": number, **_tool_call(part)}]})
         if isinstance(part, Reasoning):
             return self._chunk(choice, _reasoning(part.text))
-        return self._chunk(choice, {"content": part.text})
+        return self._chunk(choice, {"content": part.text}, _tokens(part))
 
     def closing(self, choice: Choice) -> dict[str, Any]:
         """The last chunk of a choice."""
@@ -96,25 +102,39 @@ class Answer:
 
     def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
         """The collected parts as one answer."""
+        told = choices[0].prompt_logprobs
         return {
             **self._envelope(""),
             "choices": [self._whole(choice) for choice in choices],
             "usage": usage.as_dict(),
             "tqstack": choices[0].stats,
+            **({"prompt_logprobs": told} if self.chat and told is not None else {}),
         }
 
     def _whole(self, choice: Choice) -> dict[str, Any]:
-        made: dict[str, Any] = {"index": choice.index, "logprobs": None, **self._ending(choice)}
+        tokens = [token for part in choice.parts for token in _tokens(part)]
+        made: dict[str, Any] = {
+            "index": choice.index,
+            "logprobs": self._told(tokens),
+            **self._ending(choice),
+        }
         if self.chat:
             return {**made, "message": self._message(choice)}
+        if choice.prompt_logprobs is not None:
+            made["prompt_logprobs"] = choice.prompt_logprobs
         return {**made, "text": choice.text}
+
+    def _told(self, tokens: list[Spoken]) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        return chat_form(tokens) if self.chat else text_form(tokens)
 
     def _ending(self, choice: Choice) -> dict[str, Any]:
         """Why it ended; `stop_reason` is vLLM's."""
         reason = choice.reason or "stop"
         if self.legacy and reason == "tool_calls":
             reason = "function_call"
-        found = {"stop_reason": choice.stop_string} if choice.stop_string else {}
+        found = {} if choice.stop_reason is None else {"stop_reason": choice.stop_reason}
         return {"finish_reason": reason, **found}
 
     def _message(self, choice: Choice) -> dict[str, Any]:
@@ -130,15 +150,21 @@ class Answer:
             message["tool_calls"] = calls
         return message
 
-    def _chunk(self, choice: Choice, delta: Any) -> dict[str, Any]:
-        name = "delta" if self.chat else "text"
-        made = {"index": choice.index, name: delta, "finish_reason": None, "logprobs": None}
+    def _chunk(
+        self, choice: Choice, delta: Any, tokens: list[Spoken] | None = None
+    ) -> dict[str, Any]:
+        name, told = "delta" if self.chat else "text", self._told(tokens) if tokens else None
+        made = {"index": choice.index, name: delta, "finish_reason": None, "logprobs": told}
         return {**self._envelope("chunk"), "choices": [made]}
 
     def _envelope(self, suffix: str) -> dict[str, Any]:
         kind = "chat.completion" if self.chat else "text_completion"
         kind = f"{kind}.{suffix}" if suffix and self.chat else kind
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+def _tokens(part: Part) -> list[Spoken]:
+    return part.tokens if isinstance(part, Content) else []
 
 
 def _reasoning(text: str) -> dict[str, str]:

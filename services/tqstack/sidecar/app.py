@@ -37,11 +37,19 @@ from tqstack.sidecar.generation import Finish, Generation, as_api_error, make_ge
 from tqstack.sidecar.loader import Loader, new_worker
 from tqstack.sidecar.metrics import Metrics
 from tqstack.sidecar.prompt import chat_prompt, check_tokens
-from tqstack.sidecar.sequences import run_all
+from tqstack.sidecar.sequences import best, run_all
 from tqstack.sidecar.streaming import EventStream, WhileConnected
 
 # What requests may ask for beyond text; the router sends others elsewhere.
-CAPABILITIES = ["tools", "tool_choice", "choices", "prompts"]
+CAPABILITIES = [
+    "tools",
+    "tool_choice",
+    "choices",
+    "prompts",
+    "logprobs",
+    "json_object",
+    "json_schema",
+]
 
 
 class Sidecar:
@@ -137,10 +145,11 @@ class Sidecar:
         # Template and tokenizer take a second for a very long prompt: not on the event loop.
         made = await asyncio.to_thread(make_generations, self._engine, runtime, parsed)
         legacy = isinstance(parsed, ChatRequest) and parsed.legacy_functions
-        answer = Answer(runtime.id, chat=kind is ChatRequest, legacy=legacy)
+        told = parsed.wanted_logprobs is not None
+        answer = Answer(runtime.id, chat=kind is ChatRequest, legacy=legacy, logprobs=told)
         if parsed.stream:
-            return EventStream(lambda: stream_events(made, answer, parsed))
-        return WhileConnected(lambda: whole_answer(made, answer))
+            return EventStream(lambda: stream_events(self._engine, made, answer, parsed))
+        return WhileConnected(lambda: whole_answer(self._engine, made, answer, parsed))
 
     async def _parsed(self, request: Request, kind: type[RequestType]) -> RequestType:
         body = await read_body(request.receive, self._body_limit)
@@ -233,18 +242,26 @@ def model_card(about: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-async def whole_answer(generations: list[Generation], answer: Answer) -> dict[str, Any]:
+async def whole_answer(
+    engine: Engine,
+    generations: list[Generation],
+    answer: Answer,
+    request: ChatRequest | TextRequest,
+) -> dict[str, Any]:
     """Run to the end and answer in one piece."""
-    async with aclosing(run_all(generations)) as pieces:
+    async with aclosing(run_all(engine, generations)) as pieces:
         async for generation, piece in pieces:
             if not isinstance(piece, Progress | Finish):
                 generation.choice.parts.append(piece)
-    choices = [generation.choice for generation in generations]
+    choices = [generation.choice for generation in best(generations, request)]
     return answer.whole(choices, total_usage(generations))
 
 
 async def stream_events(
-    generations: list[Generation], answer: Answer, request: ChatRequest | TextRequest
+    engine: Engine,
+    generations: list[Generation],
+    answer: Answer,
+    request: ChatRequest | TextRequest,
 ) -> AsyncIterator[bytes]:
     """Server-sent events of a run; while a prompt is processed, comments tell how far it is."""
     opened: set[int] = set()
@@ -255,7 +272,7 @@ async def stream_events(
             chunk = {**chunk, "usage": total_usage(generations).as_dict()}
         return sse.event(chunk)
 
-    async with aclosing(run_all(generations)) as pieces:
+    async with aclosing(run_all(engine, generations)) as pieces:
         async for generation, piece in pieces:
             choice = generation.choice
             if isinstance(piece, Progress):

@@ -108,3 +108,11 @@ def _byte_alphabet() -> dict[str, bytes]:
 
 
 _BYTES = _byte_alphabet()
+
+
+def token_bytes(tokenizer: TokenizerWrapper, token: int) -> bytes:
+    """What a token is by itself; part of a character, where the vocabulary has such."""
+    text = text_stream(tokenizer)
+    if isinstance(text, ByteText):
+        return text.bytes_of(token)
+    return tokenizer.decode([token], clean_up_tokenization_spaces=False).encode()

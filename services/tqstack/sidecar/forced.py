@@ -1,23 +1,72 @@
-"""How an answer is made to begin with a tool call: its beginning is written for the model.
+"""How an answer is made to be tool calls, in the model family's own form: as a grammar.
 
-The call's arguments are still the model's own.
+Families are known by mlx-lm's parser of their calls. Of those that are not in the table only the
+start of a call is forced.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tqstack.openai_api.errors import bad_request
 
-# By mlx-lm's parser of the family: what comes between the start marker and a function's name, and
-# what follows the name.
-_FORMS = {
-    "json_tools": ('\n{"name": ', ', "arguments": '),
-    "qwen3_coder": ("\n<function=", ">\n"),
+Schema = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Texts of a call; START, END and other markers in angle brackets may be tokens.
+
+    Attributes:
+        name: around the function's name.
+        end: what closes a call.
+        parameter: around a parameter's name, and behind its value; None: the arguments are JSON.
+        section: around all calls.
+        between: two calls.
+        json_name: the name is written as JSON.
+    """
+
+    name: tuple[str, str]
+    end: str
+    parameter: tuple[str, str, str] | None = None
+    section: tuple[str, str] = ("", "")
+    between: str = "\n"
+    json_name: bool = False
+
+
+START, END = "{start}", "{end}"
+FAMILIES = {
+    "json_tools": Family((START + '\n{"name": ', ', "arguments": '), "}\n" + END, json_name=True),
+    "qwen3_coder": Family(
+        (START + "\n<function=", ">\n"),
+        "</function>\n" + END,
+        ("<parameter=", ">\n", "\n</parameter>\n"),
+    ),
+    "glm47": Family(
+        (START, "\n"),
+        END,
+        ("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n"),
+    ),
+    "minimax_m2": Family(
+        ('<invoke name="', '">\n'),
+        "</invoke>\n",
+        ('<parameter name="', '">', "</parameter>\n"),
+        (START + "\n", END),
+        "",
+    ),
+    "kimi_k2": Family(
+        ("<|tool_call_begin|>functions.", ":0<|tool_call_argument_begin|>"),
+        "<|tool_call_end|>",
+        section=(START, END),
+        between="",
+    ),
+    "mistral": Family((START, "[ARGS]"), "", between=""),
 }
+_LISTED = Family(('{"name": ', ', "arguments": '), "}", None, (START + "[", "]"), ", ", True)
 
 
 def forced_tool(choice: Any, tools: list[dict[str, Any]] | None) -> str | None:
@@ -32,7 +81,7 @@ def forced_tool(choice: Any, tools: list[dict[str, Any]] | None) -> str | None:
     if not names:
         raise bad_request("tool_choice: there are no tools to choose from", "tool_choice")
     if choice == "required":
-        return names[0] if len(names) == 1 else ""
+        return ""
     function = choice.get("function")
     name = function.get("name") if isinstance(function, dict) else None
     if choice.get("type") != "function" or name not in names:
@@ -40,24 +89,131 @@ def forced_tool(choice: Any, tools: list[dict[str, Any]] | None) -> str | None:
     return str(name)
 
 
-def call_beginning(tokenizer: TokenizerWrapper, name: str, reasoning: bool) -> str:
-    """Text that an answer begins with if it must call `name` (any tool: "").
+class Rules:
+    """The rules of a grammar in llguidance's dialect of Lark, in the making."""
+
+    def __init__(self, tokenizer: TokenizerWrapper):
+        self._tokenizer, self._markers = tokenizer, _markers(tokenizer)
+        self.lines: list[str] = []
+
+    def add(self, body: str, options: str = "") -> str:
+        """A rule of its own; returns its name."""
+        name = f"r{len(self.lines)}"
+        self.lines.append(f"{name}{options}: {body}")
+        return name
+
+    def text(self, text: str) -> str:
+        """Text as it stands, its markers as the tokens that they are."""
+        own = self._tokenizer
+        text = text.replace(START, own.tool_call_start or "").replace(END, own.tool_call_end or "")
+        parts, plain = [], ""
+        while text:
+            marker = next((m for m in self._markers if text.startswith(m)), None)
+            if marker is None:
+                plain, text = plain + text[0], text[1:]
+                continue
+            parts += [quoted(plain)] if plain else []
+            parts, plain = [*parts, f"<[{self._markers[marker]}]>"], ""
+            text = text[len(marker) :]
+        return " ".join([*parts, quoted(plain)] if plain or not parts else parts)
+
+    def json(self, schema: Schema) -> str:
+        return self.add(json_body(schema))
+
+
+def quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def json_body(schema: Schema) -> str:
+    """A schema. White space is enough for a usual layout: small models fill all that they may."""
+    spaces = {"whitespace_pattern": r"( |\n {0,16}|\n\t{1,8})?"}
+    return f"%json {json.dumps({**schema, 'x-guidance': spaces}, ensure_ascii=False)}"
+
+
+def _markers(tokenizer: TokenizerWrapper) -> dict[str, int]:
+    """Added tokens, the longest first: a grammar names them, for text does not become them."""
+    added = tokenizer.added_tokens_decoder.items()
+    found = {str(token.content): int(i) for i, token in added if str(token.content).strip()}
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+def calls(
+    rules: Rules, tokenizer: TokenizerWrapper, tools: list[dict[str, Any]], name: str, one: bool
+) -> str:
+    """A rule for calls of the tool `name`, or of any ("").
 
     Args:
-        reasoning: the prompt has opened a reasoning block, which is closed first.
+        one: a single call.
 
     Raises:
         ApiError: 400, if it is not known how this model calls tools.
     """
-    parser = getattr(tokenizer.tool_parser, "__module__", "").rpartition(".")[2]
-    start = tokenizer.tool_call_start
-    if not start or (name and parser not in _FORMS):
+    family = family_of(tokenizer)
+    if not tokenizer.tool_call_start or (name and family is None):
         raise bad_request(
             "tool_choice: this model cannot be made to call a tool; send auto", "tool_choice"
         )
-    closing = f"{tokenizer.think_end}\n\n" if reasoning else ""
-    if not name:
-        return closing + start
-    before, after = _FORMS[parser]
-    written = json.dumps(name) if parser == "json_tools" else name
-    return f"{closing}{start}{before}{written}{after}"
+    if family is None:
+        return rules.add(f"{rules.text(START)} /(?s:.*)/")
+    functions = [tool["function"] for tool in tools if name in ("", tool["function"]["name"])]
+    each = [_call(rules, family, function) for function in functions]
+    call = rules.add(" | ".join(each))
+    between = f"{rules.text(family.between)} " if family.between else ""
+    several = "" if one else f" ({between}{call})*"
+    before, after = (f"{rules.text(text)} " if text else "" for text in family.section)
+    return rules.add(f"{before}{call}{several} {after}".rstrip())
+
+
+def family_of(tokenizer: TokenizerWrapper) -> Family | None:
+    """How a model writes calls, as far as that is known."""
+    parser = getattr(tokenizer.tool_parser, "__module__", "").rpartition(".")[2]
+    if parser == "mistral" and "[ARGS]" not in tokenizer.get_vocab():
+        return _LISTED
+    return FAMILIES.get(parser)
+
+
+def _call(rules: Rules, family: Family, function: dict[str, Any]) -> str:
+    before, after = family.name
+    name = function["name"]
+    head = rules.text(before + (json.dumps(name) if family.json_name else name) + after)
+    schema = function.get("parameters") or {"type": "object", "properties": {}}
+    if family.parameter is None:
+        arguments = rules.json(schema)
+    else:
+        arguments = " ".join(_parameters(rules, family.parameter, schema))
+    end = rules.text(family.end) if family.end else ""
+    return rules.add(" ".join(filter(None, (head, arguments, end))))
+
+
+def _parameters(rules: Rules, form: tuple[str, str, str], schema: Schema) -> list[str]:
+    """Parameters in the schema's order; those that are not required may be left out."""
+    before, behind, end = form
+    required = schema.get("required") or ()
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    found = []
+    for name, own in (schema.get("properties") or {}).items():
+        own = own if isinstance(own, dict) else {}
+        value = _value(rules, {**own, **shared}, own, end)
+        rule = rules.add(f"{rules.text(before + name + behind)} {value}")
+        found.append(rule if name in required else f"{rule}?")
+    return found
+
+
+def _value(rules: Rules, schema: Schema, own: Schema, end: str) -> str:
+    """A parameter's value, and what ends it: a string as it is, all else as JSON."""
+    choices = own.get("enum") or ([own["const"]] if "const" in own else [])
+    if choices and all(isinstance(choice, str) for choice in choices):
+        listed = " | ".join(rules.text(choice) for choice in choices)
+        return f"({listed}) {rules.text(end)}"
+    if _is_text(own):
+        return rules.add("/(?s:.*)/", f"[suffix={quoted(end)}]")
+    return f"{rules.json(schema)} {rules.text(end)}"
+
+
+def _is_text(own: Schema) -> bool:
+    """Whether a value may be a string that is written without quotes."""
+    options = own.get("anyOf") or own.get("oneOf") or ()
+    return own.get("type") == "string" or any(
+        isinstance(option, dict) and option.get("type") == "string" for option in options
+    )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from tqstack.engine.logprobs import Logprob
 from tqstack.engine.places import MERGES
 from tqstack.openai_api.errors import bad_request
 from tqstack.openai_api.messages import SYSTEM, fold_system, merge_leading
 from tqstack.openai_api.schema import ChatRequest, Message, TextRequest
-from tqstack.sidecar.forced import call_beginning, forced_tool
 from tqstack.sidecar.template import template_options
 
 _REFUSALS = (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError)
@@ -28,14 +28,14 @@ class Prompt:
     Attributes:
         boundaries: positions behind its messages, ascending: the next turn's prompt is the same up
             to one of them.
-        reasoning: the template has opened a reasoning block.
-        begun: its last tokens, where they are the beginning of the answer.
+        reasoning: whether the template has opened a reasoning block, or the model may open one.
+        told: log-probabilities of its tokens by position, as they come.
     """
 
     tokens: list[int]
     boundaries: tuple[int, ...] = ()
-    reasoning: bool = False
-    begun: tuple[int, ...] = ()
+    reasoning: Literal["open", "possible", "none"] = "none"
+    told: dict[int, Logprob] = field(default_factory=dict)
 
 
 def text_prompts(tokenizer: TokenizerWrapper, request: TextRequest) -> list[Prompt]:
@@ -66,24 +66,19 @@ def chat_prompt(tokenizer: TokenizerWrapper, request: ChatRequest) -> Prompt:
     """
     if not tokenizer.has_chat_template:
         raise bad_request("this model has no chat template: ask it through /v1/completions")
-    name = forced_tool(request.tool_choice, request.tools)
     text, closed = _render(tokenizer, request)
     if not text:
         raise bad_request("the chat template made an empty prompt of these messages", "messages")
     opening = text[len(closed) :] if text.startswith(closed) else ""
-    reasoning = _opens_reasoning(tokenizer, opening or text)
-    if reasoning and request.reasoning_effort == "none":
-        text, reasoning = f"{text.rstrip()}\n\n{tokenizer.think_end}\n\n", False
+    reasoning = _reasoning(tokenizer, opening or text)
+    if reasoning == "open" and request.reasoning_effort == "none":
+        text, reasoning = f"{text.rstrip()}\n\n{tokenizer.think_end}\n\n", "none"
     tokens = tokenizer.encode(text, add_special_tokens=False)
     boundaries = _after_markers(tokens, _markers(tokenizer))
     if not boundaries and opening:  # a template of plain text
         end = len(tokens) - len(tokenizer.encode(opening, add_special_tokens=False)) - MERGES
         boundaries = (end,) if end > 0 else ()
-    begun: list[int] = []
-    if name is not None:
-        written = call_beginning(tokenizer, name, reasoning)
-        begun = tokenizer.encode(written, add_special_tokens=False)
-    return Prompt([*tokens, *begun], boundaries, reasoning, tuple(begun))
+    return Prompt(tokens, boundaries, reasoning)
 
 
 def _render(tokenizer: TokenizerWrapper, request: ChatRequest) -> tuple[str, str]:
@@ -144,9 +139,15 @@ def _after_markers(tokens: list[int], markers: frozenset[int]) -> tuple[int, ...
     return tuple(ends)
 
 
-def _opens_reasoning(tokenizer: TokenizerWrapper, tail: str) -> bool:
+def _reasoning(tokenizer: TokenizerWrapper, tail: str) -> Literal["open", "possible", "none"]:
     start, end = tokenizer.think_start, tokenizer.think_end
-    return start is not None and end is not None and tail.rfind(start) > tail.rfind(end)
+    if start is None or end is None:
+        return "none"
+    opened, closed = tail.rfind(start), tail.rfind(end)
+    if opened == closed:  # neither is there
+        # Many vocabularies have the markers; a model that uses them has them in its template.
+        return "possible" if start in str(tokenizer.chat_template) else "none"
+    return "open" if opened > closed else "none"
 
 
 def _plain(message: Message, index: int) -> dict[str, Any]:

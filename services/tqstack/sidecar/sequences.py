@@ -6,43 +6,44 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from tqstack.engine.engine import Engine
 from tqstack.engine.jobs import Progress
+from tqstack.openai_api.schema import ChatRequest, TextRequest
 from tqstack.sidecar.generation import Finish, Generation
+from tqstack.sidecar.jobs import ranked, samples
 from tqstack.sidecar.text import Part
 
 Piece = Progress | Part | Finish
 
 
-async def run_all(generations: list[Generation]) -> AsyncGenerator[tuple[Generation, Piece], None]:
-    """What all of them yield, as it comes. The first failure ends all.
+async def run_all(
+    engine: Engine, generations: list[Generation]
+) -> AsyncGenerator[tuple[Generation, Piece], None]:
+    """What all of them yield, as it comes. Samples of one prompt go on from one reading of it. The
+    first failure ends all.
 
     Raises:
         ApiError: the engine refused one, or failed.
     """
+    by_prompt: dict[int, list[Generation]] = {}
+    for one in generations:
+        by_prompt.setdefault(id(one.prompt), []).append(one)
+    for same in by_prompt.values():
+        engine.submit_all([one.begin() for one in same])
     if len(generations) == 1:
         async with aclosing(generations[0].run()) as pieces:
             async for piece in pieces:
                 yield generations[0], piece
         return
     queue: asyncio.Queue[tuple[Generation, Piece | Exception]] = asyncio.Queue()
-    leaders = {id(one.prompt): one for one in generations[::-1]}
-    read = {key: asyncio.Event() for key in leaders}
 
     async def run(one: Generation) -> None:
-        key = id(one.prompt)
         try:
-            # The first sample of a prompt reads it; the others go on from what is kept of that.
-            if leaders[key] is not one:
-                await read[key].wait()
             async with aclosing(one.run()) as pieces:
                 async for piece in pieces:
-                    if not isinstance(piece, Progress):
-                        read[key].set()
                     await queue.put((one, piece))
         except Exception as error:
             await queue.put((one, error))
-        finally:
-            read[key].set()
 
     tasks = [asyncio.create_task(run(one)) for one in generations]
     running = len(tasks)
@@ -54,6 +55,21 @@ async def run_all(generations: list[Generation]) -> AsyncGenerator[tuple[Generat
             running -= isinstance(piece, Finish)
             yield one, piece
     finally:
-        for task in tasks:
+        for one, task in zip(generations, tasks, strict=True):
             task.cancel()
+            one.stop()  # also where its task had not begun
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def best(generations: list[Generation], request: ChatRequest | TextRequest) -> list[Generation]:
+    """Those that are given of what was made: of each prompt the likeliest, if more were made than
+    are wanted. Their choices are numbered anew."""
+    if not ranked(request):
+        return generations
+    wanted, made, chosen = request.n or 1, samples(request), []
+    for at in range(0, len(generations), made):
+        group = sorted(generations[at : at + made], key=lambda one: -one.likelihood)
+        chosen += group[:wanted]
+    for index, one in enumerate(chosen):
+        one.choice.index = index
+    return chosen

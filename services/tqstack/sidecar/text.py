@@ -8,18 +8,26 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from tqstack.engine.logprobs import Logprob
 from tqstack.sidecar.detokenizer import text_stream
+from tqstack.sidecar.logprobs import Spoken, Trail, spoken
 
 
 @dataclass
 class Content:
+    """
+    Attributes:
+        tokens: those that it is made of, where their log-probabilities are wanted.
+    """
+
     text: str
+    tokens: list[Spoken] = field(default_factory=list)
 
 
 @dataclass
@@ -44,6 +52,7 @@ class StopStrings:
         shown: the stop string itself is part of the text.
 
     Attributes:
+        active: whether text may end now.
         found: the one that ended the text.
     """
 
@@ -51,6 +60,7 @@ class StopStrings:
         self._stops = [stop for stop in stops if stop]
         self._shown = shown
         self._held = ""
+        self.active = True
         self.found: str | None = None
 
     @property
@@ -59,7 +69,7 @@ class StopStrings:
 
     def feed(self, text: str) -> str:
         """Text that is safe to show. After a hit nothing is."""
-        if self.hit or not self._stops:
+        if self.hit or not self._stops or not self.active:
             return "" if self.hit else text
         text = self._held + text
         found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
@@ -94,6 +104,8 @@ class AnswerReader:
         plain: text only; no reasoning, no calls.
         show_stop: the stop string is part of the content.
         one_call: the answer ends with its first call.
+        min_tokens: so many may not be ended by a stop string.
+        before: characters that are shown before the answer.
     """
 
     def __init__(
@@ -105,7 +117,12 @@ class AnswerReader:
         plain: bool = False,
         show_stop: bool = False,
         one_call: bool = False,
+        min_tokens: int = 0,
+        before: int = 0,
     ):
+        self._tokenizer, self._trail = tokenizer, Trail()
+        self._left = min_tokens
+        self._came = self._shown = before  # characters of content
         self._text = text_stream(tokenizer)
         self._one_call = one_call
         self._tools = tools
@@ -132,8 +149,25 @@ class AnswerReader:
     def stop_string(self) -> str | None:
         return self._stop.found
 
-    def feed(self, token: int) -> list[Part]:
-        return self._split(self._text.feed(token))
+    def feed(self, token: int, told: Logprob | None = None) -> list[Part]:
+        """Parts that a token completes; with what is told of it, text is shown with its tokens."""
+        self._left -= 1
+        self._stop.active = self._left < 0
+        at, before = self._came, self._mode
+        parts = self._split(self._text.feed(token))
+        if told is not None:
+            if self._mode != "normal":
+                self._trail.clear()
+            elif before == "normal":
+                self._trail.add(spoken(self._tokenizer, told, at))
+            self._attach(parts)
+        return parts
+
+    def _attach(self, parts: list[Part]) -> None:
+        """Give text that is shown its tokens."""
+        texts = [part for part in parts if isinstance(part, Content)]
+        if texts:
+            texts[-1].tokens += self._trail.shown(self._shown)
 
     def finish(self) -> list[Part]:
         """Everything that was held back."""
@@ -143,7 +177,10 @@ class AnswerReader:
         if self._mode == "tool":
             # Without an end marker the end of the answer ends the call; else it was cut short.
             parts += self._end_call(complete=not self._markers[1])
-        parts += [Content(text)] if (text := self._stop.flush()) else []
+        if text := self._stop.flush():
+            self._shown += len(text)
+            parts.append(Content(text))
+        self._attach(parts)
         return parts
 
     def _split(self, text: str) -> list[Part]:
@@ -167,6 +204,7 @@ class AnswerReader:
         if mode == "reasoning":
             return [Reasoning(text)] if text else []
         shown = self._stop.feed(text)
+        self._came, self._shown = self._came + len(text), self._shown + len(shown)
         return [Content(shown)] if shown else []
 
     def _end_call(self, complete: bool) -> list[Part]:
