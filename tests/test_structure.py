@@ -20,7 +20,7 @@ ALLOWED = {
     "openai_api": set(),
     "demo_model": set(),
     "turboquant": {"kv_bits"},
-    "attention": {"turboquant"},
+    "attention": {"machine", "turboquant"},
     "models": {"attention", "demo_model", "kv_bits", "machine", "settings", "turboquant"},
     "engine": {"attention", "models"},
     "sidecar": {"engine", "machine", "models", "openai_api", "settings"},

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tqstack.attention.kernels import trust
 from tqstack.attention.kernels.program import Program
 
 COMPILER = shutil.which("g++")
@@ -74,8 +75,10 @@ def run(program: Program, inputs, *, template, blocks, threads, outputs, metal_l
 
 
 @pytest.fixture(autouse=True)
-def in_cpp(request, monkeypatch):
-    """Programs run in C++, with the matrix fragments of CUDA, or of Metal where a test asks."""
+def in_cpp(request, monkeypatch, tmp_path):
+    """Programs run in C++, with the matrix fragments of CUDA, or of Metal where a test asks; what
+    agrees with its twin is remembered for one test."""
+    monkeypatch.setattr(trust, "_memory", lambda: tmp_path / "cache" / "trusted-kernels.txt")
     layout = partial(run, metal_layout=getattr(request, "param", "") == "metal layout")
     monkeypatch.setattr(
         Program, "__call__", lambda self, inputs, **how: layout(self, inputs, **how)

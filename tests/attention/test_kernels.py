@@ -139,6 +139,29 @@ def test_a_kernel_that_does_not_compile_is_switched_off(on_gpu, monkeypatch, cap
     assert "does not run: no compiler" in caplog.text
 
 
+def test_what_agreed_is_not_compared_again_at_the_next_start(on_gpu, monkeypatch, caplog):
+    codec, other = make_codec("tq4", 64), make_codec("tq3", 64)
+    right, compared = trust._checks["encode"], []
+    check = lambda *variant: compared.append(variant) or right(*variant)  # noqa: E731
+    monkeypatch.setitem(trust._checks, "encode", check)
+
+    def start():
+        trust._found.clear()
+        compared.clear()
+        return trust.trusted("encode", codec, codec)
+
+    assert start() and compared
+    assert start() and not compared
+    assert trust.trusted("encode", other, other) and compared
+    monkeypatch.setattr(trust, "_machine", lambda: "another machine, or other sources")
+    assert start() and compared
+    trust.forget()
+    monkeypatch.setitem(trust._checks, "encode", lambda *_: 1.0)
+    assert not start() and not start()
+    assert caplog.text.count("is wrong by") == 2
+    trust.forget()
+
+
 def test_without_a_gpu_no_kernel_is_trusted(monkeypatch):
     monkeypatch.setattr(trust, "backend", lambda: None)
     codec = make_codec("tq4", 64)

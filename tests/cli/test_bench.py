@@ -41,6 +41,29 @@ def test_speed_decodes_a_batch_with_the_caches_that_can(tmp_path):
     assert rows["baseline"]["kv_bytes"] >= 3 * 343 * 4 * values
 
 
+def test_speed_measures_layers_as_mlx_lm_makes_them_and_counts_operations(tmp_path):
+    output = tmp_path / "speed.json"
+    sizes = ("--prompt-tokens", "40", "--generation-tokens", "2", "--trials", "1")
+    command = ("bench", "speed", "demo", "--backend", "baseline,mlx_lm", *sizes)
+    result = tqstack(tmp_path, *command, "--output", str(output))
+    assert result.returncode == 0, result.stderr
+    rows = {row["backend"]: row for row in json.loads(output.read_text())["rows"]}
+    assert rows["mlx_lm"]["kv_bytes"] == rows["baseline"]["kv_bytes"]
+    assert all(row["decode_operations"] > 100 for row in rows.values())
+    result = tqstack(tmp_path, "bench", "speed", "demo", "--backend", "fastest")
+    assert result.returncode == 2 and "allowed: all, or by commas baseline" in result.stderr
+
+
+def test_start_tells_which_part_is_mlx_own_and_which_ours(tmp_path):
+    output = tmp_path / "start.json"
+    result = tqstack(tmp_path, "bench", "start", "--prompt-tokens", "50", "--output", str(output))
+    assert result.returncode == 0, result.stderr
+    written = json.loads(output.read_text())
+    owners = [row["owner"] for row in written["rows"]]
+    assert owners == ["mlx"] * 5 + ["tqstack"] * 5
+    assert 0 <= written["own_seconds"] <= sum(row["seconds"] for row in written["rows"][5:])
+
+
 def quality(folder, *arguments):
     tokens, output = folder / "tokens.npy", folder / "quality.json"
     np.save(tokens, np.random.default_rng(0).integers(0, 8192, 800))

@@ -1,9 +1,9 @@
-"""The caches that are compared with each other."""
+"""The models and caches that are compared with each other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.nn as nn
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
@@ -12,10 +12,23 @@ from tqstack.attention.hybrid import make_turboquant_cache, softmax_entries
 from tqstack.turboquant.kv_codecs import Bits, KVCodecs
 
 MakeCache = Callable[[], list[Any]]
+ALL: tuple[str, ...] = ("baseline", "mlx_quant", "turboquant")
+NAMES = (*ALL, "mlx_lm")
 
 
-def backends(model: nn.Module, name: str, bits: KVCodecs | Bits = 4) -> dict[str, MakeCache]:
-    """How each backend makes its cache: plain, mlx-lm's 4-bit one, compressed; or all of them."""
+class Backend(NamedTuple):
+    model: nn.Module
+    make_cache: MakeCache
+
+
+def backends(
+    names: list[str],
+    model: nn.Module,
+    bits: KVCodecs | Bits = 4,
+    as_installed: Callable[[], nn.Module] | None = None,
+) -> dict[str, Backend]:
+    """A model with these caches: plain ("baseline"), mlx-lm's 4-bit one, compressed. "mlx_lm": with
+    the plain one and its layers as mlx-lm makes them, `as_installed`."""
 
     def quantized() -> list[Any]:
         cache = make_prompt_cache(model)
@@ -23,9 +36,16 @@ def backends(model: nn.Module, name: str, bits: KVCodecs | Bits = 4) -> dict[str
             cache[i] = QuantizedKVCache(group_size=64, bits=4)
         return cache
 
-    known: dict[str, MakeCache] = {
-        "baseline": lambda: make_prompt_cache(model),
-        "mlx_quant": quantized,
-        "turboquant": lambda: make_turboquant_cache(model, bits),
-    }
-    return known if name == "all" else {name: known[name]}
+    def backend(name: str) -> Backend:
+        if name == "mlx_lm":
+            assert as_installed is not None, "where the model as mlx-lm makes it is to come from"
+            plain = as_installed()
+            return Backend(plain, lambda: make_prompt_cache(plain))
+        make: dict[str, MakeCache] = {
+            "baseline": lambda: make_prompt_cache(model),
+            "mlx_quant": quantized,
+            "turboquant": lambda: make_turboquant_cache(model, bits),
+        }
+        return Backend(model, make[name])
+
+    return {name: backend(name) for name in names}

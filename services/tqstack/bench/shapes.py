@@ -44,18 +44,20 @@ _QWEN35_35B_A3B = {
 SHAPES: dict[str, dict[str, Any]] = {"qwen3.5-35b-a3b": _QWEN35_35B_A3B}
 
 
-def build(name: str, layers: int | None = None, **changes: int) -> nn.Module:
+def build(name: str, layers: int | None = None, adapted: bool = True, **changes: int) -> nn.Module:
     """A model of this shape in bfloat16, its matrices quantized to 4 bits in groups of 64.
 
     Args:
         layers: build only the first so many layers; per-layer figures need no more.
+        adapted: with layers of ours where mlx-lm's are slow on this machine.
         changes: other sizes of the text config.
     """
     model = unbuilt(shape(name, layers, **changes))
     # Weights are lazy: made one by one, the unquantized ones never exist together.
     for _, weight in tree_flatten(model.parameters()):
         mx.eval(weight)
-    adapt(model)
+    if adapted:
+        adapt(model)
     model.eval()
     return model
 

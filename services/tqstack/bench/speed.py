@@ -16,7 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from tqstack.bench.backends import MakeCache
+from tqstack.bench.backends import Backend, MakeCache
+from tqstack.bench.operations import decode_operations
 
 FILL_STEP = 16_384  # tokens of made-up context that are stored at once
 
@@ -41,6 +42,7 @@ class Row:
     recurrent_bytes: int
     peak_bytes: int
     workspace_bytes: int  # peak above weights and caches
+    decode_operations: int  # of a step: a count repeats where times do not
 
 
 @dataclass(frozen=True)
@@ -59,39 +61,36 @@ class Workload:
 
 
 def runnable(
-    model: nn.Module, make_caches: dict[str, MakeCache], tokens: np.ndarray, batch: int = 1
-) -> tuple[dict[str, MakeCache], dict[str, str]]:
+    backends: dict[str, Backend], tokens: np.ndarray, batch: int = 1
+) -> tuple[dict[str, Backend], dict[str, str]]:
     """The backends that run on this machine, and of the others why not. Compiles kernels."""
     able, unable = {}, {}
-    for name, make_cache in make_caches.items():
+    for name, backend in backends.items():
         try:
-            run(model, make_cache, Workload(0, 64, 4, batch=batch), tokens)
+            run(*backend, Workload(0, 64, 4, batch=batch), tokens)
         except (RuntimeError, ValueError) as error:
             unable[name] = str(error)
         else:
-            able[name] = make_cache
+            able[name] = backend
     return able, unable
 
 
 def measure(
-    model: nn.Module,
-    make_caches: dict[str, MakeCache],
-    workloads: list[Workload],
-    tokens: np.ndarray,
-    trials: int,
+    backends: dict[str, Backend], workloads: list[Workload], tokens: np.ndarray, trials: int
 ) -> Iterator[Row | None]:
     """Run everything; yields None after each single run (for a progress bar), then the rows."""
     runs: dict[tuple[str, Workload], list[dict[str, float]]] = {}
     for _ in range(trials):
         for workload in workloads:
-            for name, make_cache in make_caches.items():
-                result = run(model, make_cache, workload, tokens)
+            for name, backend in backends.items():
+                result = run(*backend, workload, tokens)
                 runs.setdefault((name, workload), []).append(result)
                 yield None
     for (name, work), results in runs.items():
         middle = {key: median(result[key] for result in results) for key in results[0]}
-        whole = {key: int(value) for key, value in middle.items() if key.endswith("bytes")}
-        speeds = {key: round(v, 3) for key, v in middle.items() if not key.endswith("bytes")}
+        counts = {key for key in middle if key.endswith(("bytes", "operations"))}
+        whole = {key: int(middle[key]) for key in counts}
+        speeds = {key: round(v, 3) for key, v in middle.items() if key not in counts}
         sizes = (work.batch, work.context, work.prompt_tokens, work.generation_tokens)
         yield Row(name, *sizes, **speeds, **whole)
 
@@ -138,6 +137,7 @@ def run(
         "recurrent_bytes": recurrent,
         "peak_bytes": peak,
         "workspace_bytes": max(0, peak - held_before - kv - recurrent),
+        "decode_operations": sum(decode_operations(model, cache, token).values()),
     }
 
 

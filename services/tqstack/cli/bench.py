@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.progress import track
@@ -17,7 +18,16 @@ app = typer.Typer(help="Measure speed, quality and the router.", no_args_is_help
 
 Output = Annotated[Path | None, typer.Option(help="Write the rows as JSON to this file.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the rows into this PNG file.")]
-Backend = Literal["baseline", "mlx_quant", "turboquant", "all"]
+
+
+def backend_names(text: str) -> list[str]:
+    from tqstack.bench.backends import ALL, NAMES
+
+    names = list(ALL) if text == "all" else text.split(",")
+    for name in names:
+        if name not in NAMES:
+            fail(f"--backend {name}: allowed: all, or by commas {', '.join(NAMES)}", 2)
+    return names
 
 
 def numbers(text: str) -> list[int]:
@@ -32,7 +42,13 @@ def speed(
     model: Annotated[str, typer.Argument(help="demo, a folder or a hub name")] = "demo",
     shape: Annotated[str, typer.Option(help="random weights of this geometry instead")] = "",
     layers: Annotated[int, typer.Option(help="of the shape; 0: all")] = 0,
-    backend: Annotated[Backend, typer.Option(help="which caches to compare")] = "all",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="what to compare, by commas: baseline, mlx_quant, turboquant (all), and mlx_lm, "
+            "the model with its layers as installed"
+        ),
+    ] = "all",
     bits: Annotated[str, typer.Option(help="of turboquant: 4, k4v3, or codecs by name")] = "4",
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 1000,
     generation_tokens: Annotated[int, typer.Option(min=1)] = 64,
@@ -49,20 +65,18 @@ def speed(
     import numpy as np
 
     from tqstack import demo_model
-    from tqstack.bench import plots, shapes
+    from tqstack.bench import plots
     from tqstack.bench.backends import backends
     from tqstack.bench.speed import Row, Workload, as_json, measure, runnable
-    from tqstack.models.load import load_model
     from tqstack.models.spec import ModelNotFoundError
 
-    if shape and shape not in shapes.SHAPES:
-        fail(f"--shape {shape}: allowed: {', '.join(shapes.SHAPES)}", 2)
+    names, network = backend_names(backend), partial(_network, model, shape, layers)
     try:
-        network = shapes.build(shape, layers or None) if shape else load_model(model).model
+        subjects = backends(names, network(True), bits, partial(network, False))
     except ModelNotFoundError as error:
         fail(str(error), 2)
     tokens = demo_model.held_out_tokens().astype(np.int32)
-    caches, unable = runnable(network, backends(network, backend, bits), tokens, batch)
+    caches, unable = runnable(subjects, tokens, batch)
     for name, why in unable.items():
         errors.print(f"{name} is left out: {why}", highlight=False)
     if not caches:
@@ -71,7 +85,7 @@ def speed(
         Workload(tokens_before, prompt_tokens, generation_tokens, prefill_step, batch)
         for tokens_before in numbers(context)
     ]
-    steps = measure(network, caches, works, tokens, trials)
+    steps = measure(caches, works, tokens, trials)
     total = len(works) * trials * len(caches)
     rows = [
         row
@@ -90,6 +104,45 @@ def speed(
         plots.speed(rows, plot)
 
 
+@app.command()
+def start(
+    model: Annotated[str, typer.Argument(help="demo, a folder or a hub name")] = "demo",
+    shape: Annotated[str, typer.Option(help="random weights of this geometry instead")] = "",
+    layers: Annotated[int, typer.Option(help="of the shape; 0: all")] = 0,
+    bits: Annotated[str, typer.Option(help="of turboquant: 4, k4v3, or codecs by name")] = "4",
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 600,
+    output: Output = None,
+) -> None:
+    """Where the time until the first answer goes: what mlx-lm needs by itself, and our part."""
+    preload_openblas()
+    from tqstack.bench.start import own_seconds, parts
+    from tqstack.models.spec import ModelNotFoundError
+
+    measured = []
+    try:
+        for part in parts(partial(_network, model, shape, layers, False), bits, prompt_tokens):
+            console.print(f"{part.seconds:8.2f} s  {part.owner:8} {part.name}", highlight=False)
+            measured.append(part)
+    except ModelNotFoundError as error:
+        fail(str(error), 2)
+    own = round(own_seconds(measured), 2)
+    console.print(f"{own:8.2f} s  our part of the first prompt and token")
+    rows = [part._asdict() for part in measured]
+    write(output, {"model": shape or model, "own_seconds": own, "rows": rows})
+
+
+def _network(model: str, shape: str, layers: int, adapted: bool) -> Any:
+    """A model to measure: a named one, or random weights of a shape."""
+    from tqstack.bench import shapes
+    from tqstack.models.load import load_model
+
+    if not shape:
+        return load_model(model, adapted=adapted).model
+    if shape not in shapes.SHAPES:
+        fail(f"--shape {shape}: allowed: {', '.join(shapes.SHAPES)}", 2)
+    return shapes.build(shape, layers or None, adapted)
+
+
 def _print_speed(rows: list[Any]) -> None:
     first = {row.context: row.decode_tps for row in reversed(rows)}
     show(
@@ -105,6 +158,7 @@ def _print_speed(rows: list[Any]) -> None:
             "recurrent": lambda row: _megabytes(row.recurrent_bytes),
             "peak": lambda row: _megabytes(row.peak_bytes),
             "workspace": lambda row: _megabytes(row.workspace_bytes),
+            "operations": lambda row: f"{row.decode_operations:,}",
         },
     )
 

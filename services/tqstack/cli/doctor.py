@@ -117,9 +117,11 @@ def _model(settings: Settings) -> Iterator[Finding]:
     yield (files := checks.files(settings.model_name))
     if files.state != "ok":
         return
+    from tqstack.attention.kernels import trust
     from tqstack.models.runtime import load_runtime
 
     try:
+        trust.forget()
         runtime = load_runtime(settings)
     except Exception as error:  # whatever keeps the sidecar from starting is the finding
         yield Finding("model", "wrong", f"{settings.model_name}: {error}", "set SIDECAR_MODEL")

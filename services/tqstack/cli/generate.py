@@ -110,7 +110,8 @@ class Run:
         from tqstack.bench.backends import backends
 
         try:
-            self.cache = backends(self.loaded.model, self.name, self.bits)[self.name]()
+            backend = backends([self.name], self.loaded.model, self.bits)[self.name]
+            self.cache = backend.make_cache()
         except ValueError as error:
             fail(str(error), 2)
         self.tokens: list[int] = []

@@ -25,7 +25,7 @@ class Loaded(NamedTuple):
     tokenizer: TokenizerWrapper
 
 
-def load_model(name: str, cache: CacheSpec | None = None) -> Loaded:
+def load_model(name: str, cache: CacheSpec | None = None, adapted: bool = True) -> Loaded:
     """Load `name`: "demo", a folder, or a hub name, which is downloaded if it is not here.
 
     On the CPU weights become float32: MLX multiplies bfloat16 and quantized matrices many times
@@ -33,6 +33,7 @@ def load_model(name: str, cache: CacheSpec | None = None) -> Loaded:
 
     Args:
         cache: what its softmax layers are to have; None: whatever comes.
+        adapted: with layers of ours where mlx-lm's are slow on this machine.
 
     Raises:
         ModelNotFoundError: there is no such model.
@@ -50,7 +51,8 @@ def load_model(name: str, cache: CacheSpec | None = None) -> Loaded:
         model = dequantize_model(model)
         model.update(tree_map(_as_float32, model.parameters()))
         mx.eval(model.parameters())
-    adapt(model)
+    if adapted:
+        adapt(model)
     return Loaded(spec, model, tokenizer)
 
 

@@ -2,19 +2,27 @@
 
 The first use of a variant of a kernel (its codecs, the model's type, masks, sinks) compares it with
 plain operations on random numbers. One that does not compile, or disagrees, is switched off with a
-warning, and `tqstack doctor` says why.
+warning, and `tqstack doctor` says why. What agreed is remembered from start to start, for this
+machine, this MLX and these sources; what did not is tried again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import platform
 from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from tqstack.attention.kernels.program import backend, fault
+from tqstack.machine import cache_folder
 
 TOLERANCE = 1e-3  # relative error of an output against the twin
+SOURCES = {"kernels", "layers", "attention", "turboquant"}  # folders of kernels and their twins
 _checks: dict[str, Callable[..., float]] = {}
 _found: dict[tuple[str, tuple[Any, ...]], str | None] = {}
 
@@ -38,8 +46,50 @@ def disagreement(kernel: str, *variant: Any) -> str | None:
     """Why the kernel must not be used so, or None. Needs a GPU."""
     if (kernel, variant) not in _found:
         name = f"{kernel} kernel ({described(variant)})"
-        _found[kernel, variant] = fault(name, lambda: _checks[kernel](*variant), TOLERANCE)
+        if _remembered(name):
+            _found[kernel, variant] = None
+        else:
+            _found[kernel, variant] = fault(name, lambda: _checks[kernel](*variant), TOLERANCE)
+            if _found[kernel, variant] is None:
+                _remember(name)
     return _found[kernel, variant]
+
+
+def forget() -> None:
+    """Compare everything anew: `tqstack doctor`."""
+    _found.clear()
+    _memory().unlink(missing_ok=True)
+
+
+def _memory() -> Path:
+    """What agreed on this machine: a line for each variant, of names with `_machine`'s digest."""
+    return cache_folder() / "trusted-kernels.txt"
+
+
+@cache
+def _machine() -> str:
+    """A digest of all that decides whether a kernel agrees: device, system, MLX, our sources."""
+    digest = hashlib.sha256(f"{version('mlx')} {mx.device_info()} {platform.platform()}".encode())
+    for path in sorted(Path(__file__).parents[2].rglob("*")):
+        if path.suffix == ".h" or (path.suffix == ".py" and path.parent.name in SOURCES):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _remembered(name: str) -> bool:
+    try:
+        return f"{_machine()} {name}" in _memory().read_text().splitlines()
+    except OSError:
+        return False
+
+
+def _remember(name: str) -> None:
+    try:
+        _memory().parent.mkdir(parents=True, exist_ok=True)
+        with _memory().open("a") as file:  # one short write: others may append beside
+            file.write(f"{_machine()} {name}\n")
+    except OSError:
+        pass  # then the next start compares again
 
 
 def report() -> dict[str, str | None]:
