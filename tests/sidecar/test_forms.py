@@ -1,0 +1,268 @@
+"""Forms: schemas on the demo model, and tool calls in each family's own way."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from dataclasses import replace
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import load
+from mlx_lm.tool_parsers import glm47, json_tools, kimi_k2, minimax_m2, mistral, qwen3_coder
+
+from engine.jobs import finished, submit
+from sidecar.tokenizers import tokenizer_of
+from tqstack import demo_model
+from tqstack.engine.grammar import Grammar, Grammars
+from tqstack.engine.sampling import Sampling
+from tqstack.engine.worker import Worker
+from tqstack.models.runtime import load_runtime
+from tqstack.openai_api.errors import ApiError
+from tqstack.openai_api.schema import ChatRequest
+from tqstack.settings import Settings
+from tqstack.sidecar.forced import FAMILIES, json_body
+from tqstack.sidecar.forms import grammar_of
+from tqstack.sidecar.text import AnswerReader, ToolCall
+
+# -- schemas -----------------------------------------------------------------------------------
+
+NAMES = st.sampled_from(["id", "name", "a b", "é", "items", "x"])
+LOW, HIGH = st.integers(-50, 0), st.integers(1, 50)
+SCALARS = st.one_of(
+    st.builds(lambda a, b: {"type": "integer", "minimum": a, "maximum": b}, LOW, HIGH),
+    st.builds(lambda a, b: {"type": "number", "exclusiveMinimum": a, "maximum": b}, LOW, HIGH),
+    st.builds(lambda n: {"type": "string", "minLength": n % 3, "maxLength": n}, st.integers(2, 9)),
+    st.sampled_from(
+        [
+            {"type": "boolean"},
+            {"type": "null"},
+            {"const": {"deep": [1, "a"]}},
+            {"enum": ["red", 7, None, "grün"]},
+            {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{1,3}$"},
+            {"type": "string", "format": "date"},
+            {"type": ["integer", "null"]},
+        ]
+    ),
+)
+
+
+@st.composite
+def objects(draw, children):
+    properties = draw(st.dictionaries(NAMES, children, max_size=3))
+    required = [name for name in properties if draw(st.booleans())]
+    schema = {"type": "object", "properties": properties, "required": required}
+    return {**schema, "additionalProperties": draw(st.sampled_from([False, {"type": "null"}]))}
+
+
+def arrays(children):
+    def made(items, low):
+        return {"type": "array", "items": items, "minItems": low, "maxItems": low + 1}
+
+    return st.builds(made, children, st.integers(0, 2))
+
+
+def referring(schema, own):
+    """With a reference beside it to a definition at the root."""
+    pair = {"schema": schema, "own": {"$ref": "#/$defs/own"}}
+    closed = {"type": "object", "required": ["own"], "additionalProperties": False}
+    return {**closed, "properties": pair, "$defs": {"own": own}}
+
+
+NESTED = st.recursive(
+    SCALARS,
+    lambda children: st.one_of(
+        objects(children),
+        arrays(children),
+        st.builds(lambda a, b: {"anyOf": [a, b]}, children, children),
+    ),
+    max_leaves=4,
+)
+SCHEMAS = st.one_of(NESTED, NESTED, NESTED, st.builds(referring, NESTED, SCALARS))
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    return replace(load_runtime(Settings(sidecar_model="demo")), batch_size=64)
+
+
+def schemas_of(count):
+    found: list = []
+
+    @settings(max_examples=count, deadline=None, database=None, derandomize=True)
+    @given(SCHEMAS)
+    def gather(schema):
+        found.append(schema)
+
+    gather()
+    return found[:count]
+
+
+def all_at_once(worker, monkeypatch):
+    """Let nobody decode while somebody may still join: large batches, few steps."""
+    scheduler = worker._scheduler
+    real = scheduler.next
+
+    def step():
+        found = real()
+        return replace(found, decode=found.decode and not found.read)
+
+    monkeypatch.setattr(scheduler, "next", step)
+    return worker
+
+
+# On the model; TQSTACK_SCHEMAS=200 takes minutes on two cores.
+ON_THE_MODEL = int(os.environ.get("TQSTACK_SCHEMAS", "24"))
+
+
+def test_schemas_are_kept_to_greedy_and_sampled(runtime, monkeypatch):
+    worker = all_at_once(Worker(runtime, queue=1000), monkeypatch)
+    schemas, text, jobs = schemas_of(ON_THE_MODEL), demo_model.held_out_tokens(), []
+    for i, schema in enumerate(schemas):
+        grammar = Grammar("lark", f"start: {json_body(schema)}")
+        for sampling in (Sampling(temperature=0), Sampling(seed=i)):
+            options = {"grammar": grammar, "cache_prompt": False}
+            jobs.append(submit(worker, text[i : i + 1].tolist(), 40, sampling, **options))
+    answers, done = finished(worker, *jobs), 0
+    for i, tokens in enumerate(answers):
+        if tokens[-1] in runtime.end_tokens:
+            done += 1
+            value = json.loads(runtime.tokenizer.decode(tokens[:-1]))
+            jsonschema.validate(value, schemas[i // 2])
+    assert len(answers) == 2 * len(schemas) and done > len(schemas) / 2
+
+
+def walk(grammars, tokenizer, grammar, rng, most=400):
+    """Tokens of an answer drawn evenly from what the grammar allows; None: it did not end."""
+    form, tokens = grammars.form(grammar), []
+    while len(tokens) < most:
+        mask = form.allowed(len(tokenizer))
+        ids = np.flatnonzero(mask)
+        ends = [token for token in tokenizer.eos_token_ids if mask[token]]
+        tokens.append(ends[0] if ends and rng.random() < 0.5 else int(rng.choice(ids)))
+        if tokens[-1] in tokenizer.eos_token_ids:
+            return tokens[:-1]
+        form.take(tokens[-1])
+    return None
+
+
+def test_whatever_two_hundred_schemas_allow_is_valid():
+    tokenizer, rng, done = load(demo_model.PATH), random.Random(2), 0
+    grammars = Grammars(tokenizer, frozenset(tokenizer.eos_token_ids))
+    for schema in schemas_of(200):
+        grammar = Grammar("lark", f"start: {json_body(schema)}")
+        tokens = walk(grammars, tokenizer, grammar, rng)
+        if tokens is not None:
+            done += 1
+            jsonschema.validate(json.loads(tokenizer.decode(tokens)), schema)
+    assert done > 150
+
+
+# -- calls -------------------------------------------------------------------------------------
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "unit": {"enum": ["C", "F"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+        "tags": {"type": "array", "items": {"$ref": "#/$defs/tag"}, "maxItems": 2},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+    "$defs": {"tag": {"enum": ["a", "b"]}},
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}},
+    {"type": "function", "function": {"name": "now"}},
+]
+ASKED = [{"role": "user", "content": "hi"}]
+PARSERS = {m.__name__.rpartition(".")[2]: m for m in
+           (glm47, json_tools, kimi_k2, minimax_m2, mistral, qwen3_coder)}  # fmt: skip
+
+
+def forced(tokenizer, tool_choice="required", reasoning="none", **fields):
+    fields = {"messages": ASKED, "tools": TOOLS, "tool_choice": tool_choice, **fields}
+    found = grammar_of(tokenizer, ChatRequest(**fields), reasoning)
+    assert found is not None
+    return found[0]
+
+
+def calls_in(tokenizer, tokens, tools=TOOLS):
+    reader = AnswerReader(tokenizer, tools=tools)
+    parts = [part for token in tokens for part in reader.feed(token)] + reader.finish()
+    assert all(isinstance(part, ToolCall) or not part.text.strip() for part in parts), parts
+    return [part for part in parts if isinstance(part, ToolCall)]
+
+
+def wild():
+    """A copy of the tools whose strings end soon, for a walk at random."""
+    short = {**PARAMETERS["properties"], "city": {"enum": ["Rome", "Bern"]}}
+    first = {"name": "weather", "parameters": {**PARAMETERS, "properties": short}}
+    return [{"type": "function", "function": first}, TOOLS[1]]
+
+
+@pytest.mark.parametrize("family", sorted(PARSERS))
+@pytest.mark.parametrize("one", [True, False])
+def test_whatever_a_family_s_grammar_allows_is_calls_with_valid_arguments(family, one):
+    assert set(PARSERS) == set(FAMILIES)
+    tokenizer, rng = tokenizer_of(PARSERS[family]), random.Random(1)
+    grammars = Grammars(tokenizer, frozenset(tokenizer.eos_token_ids))
+    tools = wild()
+    grammar = forced(tokenizer, tools=tools, parallel_tool_calls=not one)
+    names, counts = set(), set()
+    for _ in range(12):
+        tokens = walk(grammars, tokenizer, grammar, rng)
+        if tokens is None:
+            continue
+        found = calls_in(tokenizer, tokens, tools)
+        counts.add(len(found))
+        for call in found:
+            names.add(call.name)
+            if call.name == "weather":
+                schema = tools[0]["function"]["parameters"]
+                jsonschema.validate(json.loads(call.arguments), schema)
+    assert names == {"weather", "now"} and (counts == {1} if one else max(counts) > 1)
+
+
+@pytest.mark.parametrize("family", ["qwen3_coder", "glm47", "minimax_m2"])
+def test_a_text_among_parameters_is_any(family):
+    texts = {
+        "qwen3_coder": "<tool_call>\n<function=weather>\n<parameter=city>\n{}\n</parameter>\n"
+        "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>",
+        "glm47": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>{}</arg_value>\n"
+        "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>",
+        "minimax_m2": '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">{}'
+        '</parameter>\n<parameter name="days">3</parameter>\n</invoke>\n</minimax:tool_call>',
+    }
+    tokenizer = tokenizer_of(PARSERS[family])
+    grammars = Grammars(tokenizer, frozenset(tokenizer.eos_token_ids))
+    city = 'St. "Gallen" <b>\nund {Umgebung}'
+    tokens = tokenizer.encode(texts[family].format(city), add_special_tokens=False)
+    named = {"type": "function", "function": {"name": "weather"}}
+    form = grammars.form(forced(tokenizer, named))
+    for token in tokens:
+        assert form.allowed(len(tokenizer))[token]
+        form.take(token)
+    [call] = calls_in(tokenizer, tokens)
+    assert json.loads(call.arguments) == {"city": city, "days": 3}
+
+
+def test_reasoning_comes_before_what_is_forced():
+    tokenizer = load(demo_model.PATH)
+    opened = forced(tokenizer, reasoning="open")
+    assert opened.after == tuple(tokenizer.think_end_tokens) and opened.opening is None
+    assert forced(tokenizer, reasoning="possible").opening == tokenizer.think_start_id
+    assert not forced(tokenizer).after
+
+
+def test_a_call_that_cannot_be_forced_is_refused():
+    tokenizer = load(demo_model.PATH)
+    wrong = {"type": "function", "function": {"name": "nobody"}}
+    for fields in ({"tools": None}, {"tool_choice": wrong}, {"tool_choice": {"type": "custom"}}):
+        with pytest.raises(ApiError, match="tool_choice"):
+            forced(tokenizer, **fields)
