@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -39,11 +40,13 @@ def run(home, *arguments: str) -> dict:
 
 def test_serving_measures_both_servers(tmp_path, other):
     sizes = ("--prompt-tokens", "40", "--generation-tokens", "6", "--rounds", "1")
-    figures = run(tmp_path, "serving", "demo", "--concurrency", "1,3", *sizes, "--url", other)
+    options = ("--concurrency", "1,3", "--schema", "--url", other)
+    figures = run(tmp_path, "serving", "demo", *sizes, *options)
     names = [server["name"] for server in figures["servers"]]
     assert names[0] == "sidecar" and len(names) == 2
-    found = [(row["server"], row["concurrency"]) for row in figures["rows"]]
-    assert found == [(name, streams) for name in names for streams in (1, 3)]
+    found = [(row["server"], row["concurrency"], row["schema"]) for row in figures["rows"]]
+    assert found == list(itertools.product(names, (1, 3), (False, True)))
+    assert all((row["overhead"] is None) != row["schema"] for row in figures["rows"])
     for row in figures["rows"]:
         assert (row["requests"], row["errors"]) == (row["concurrency"], 0), row["error"]
         assert 30 <= row["prompt_tokens"] <= 45 and 1 <= row["generated_tokens"] <= 6

@@ -27,6 +27,7 @@ def test_compare_shows_both_and_where_they_differ(tmp_path):
         (("generate", "/no/model", "hi"), "is no folder"),
         (("generate", "demo", "  "), "the prompt is empty"),
         (("generate", "demo", "hi", "--bits", "9"), "TQ_KV_BITS is '9'"),
+        (("generate", "demo", "hi", "--max-tokens", "2", "--min-tokens", "3"), "--min-tokens 3"),
         (("bench", "quality", "demo", "--codecs", "tq99"), "bits is 99"),
         (("bench", "quality", "demo", "--window-tokens", "999999"), "give a longer text"),
         (("bench", "speed", "--shape", "huge"), "qwen3.5-35b-a3b"),
@@ -36,3 +37,9 @@ def test_bad_arguments_are_told_in_a_line_and_not_in_a_traceback(tmp_path, argum
     result = tqstack(tmp_path, *arguments)
     assert result.returncode == 2
     assert said in " ".join(result.stderr.split()) and "Traceback" not in result.stderr
+
+
+def test_an_answer_is_as_long_as_it_must_be(tmp_path):
+    arguments = ("generate", "demo", QUESTION, "--max-tokens", "9")
+    shortest = tqstack(tmp_path, *arguments, "--min-tokens", "9")
+    assert shortest.stdout.startswith("12345") and "answer 9 at" in shortest.stdout

@@ -3,17 +3,19 @@
 In each round every concurrency is measured on every server in turn, so that a busy moment of the
 machine hits all of them; every other round takes the servers in reverse. A measure is so many
 streams of `/v1/completions` at once. Prompts are the same for all servers, and each begins like no
-other: nothing of a prefix cache helps.
+other: nothing of a prefix cache helps. With `schema` each measure is taken twice, in turn: as it
+is, and with answers forced into a JSON schema; what a token then takes longer is the overhead.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -29,9 +31,34 @@ class Plan:
     prompt_tokens: int = 500
     generation_tokens: int = 64
     rounds: int = 3
+    schema: bool = False
+
+    @property
+    def forms(self) -> Sequence[bool]:
+        """Whether answers are forced, in turn."""
+        return (False, True) if self.schema else (False,)
 
     def steps(self, servers: int) -> int:
-        return (self.rounds + 1) * len(self.concurrency) * servers  # 1: the warm-up
+        measures = len(self.concurrency) * len(self.forms) * servers
+        return (self.rounds + 1) * measures  # 1: the warm-up
+
+
+# No answer comes to its end.
+SCHEMA = {
+    "type": "array",
+    "minItems": 1000,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string"},
+            "size": {"type": "integer"},
+            "kind": {"enum": ["file", "folder", "link"]},
+            "tags": {"type": "array", "items": {"type": "string"}},
+        },
+        "required": ["name", "size", "kind"],
+        "additionalProperties": False,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +70,8 @@ class Row:
         output_tps: tokens of all streams per second, prompts included: the rounds' median.
         decode_tps: tokens per second of one stream after its first token: the requests' median.
         error: the first error's text.
+        schema: whether answers were forced into one.
+        overhead: how much longer a token then took, of one that was not forced.
     """
 
     server: str
@@ -59,11 +88,13 @@ class Row:
     gap_ms_p99: float | None
     gap_ms_max: float | None
     error: str
+    schema: bool = False
+    overhead: float | None = None
 
 
 @dataclass
 class Samples:
-    """All that one server answered at one concurrency."""
+    """All that one server answered at one concurrency, in one form."""
 
     answers: list[Answer] = field(default_factory=list)
     output_tps: list[float] = field(default_factory=list)  # of each round
@@ -73,7 +104,7 @@ class Samples:
         tokens = sum(answer.generated_tokens for answer in answers if not answer.error)
         self.output_tps.append(tokens / seconds)
 
-    def row(self, server: str, concurrency: int) -> Row:
+    def row(self, server: str, concurrency: int, schema: bool = False) -> Row:
         good = [answer for answer in self.answers if not answer.error]
         bad = [answer.error for answer in self.answers if answer.error]
         firsts = present(answer.first_token_s for answer in good)
@@ -93,6 +124,7 @@ class Samples:
             quantile(gaps, 0.99),
             max(gaps, default=None),
             bad[0] if bad else "",
+            schema,
         )
 
 
@@ -106,25 +138,51 @@ def run(
 async def _run(
     servers: Sequence[Server], text: HeldOutText, plan: Plan, advance: Callable[[], None]
 ) -> list[Row]:
-    samples = {(server, many): Samples() for server in servers for many in plan.concurrency}
+    samples = {
+        (server, many, form): Samples()
+        for server in servers
+        for many in plan.concurrency
+        for form in plan.forms
+    }
     async with http_client() as client:
         for turn in range(plan.rounds + 1):
-            for many in plan.concurrency:
+            for many, form in itertools.product(plan.concurrency, plan.forms):
                 for server in in_turn(servers, turn):
-                    answers, seconds = await _burst(client, server, text, plan, many, turn)
+                    answers, seconds = await _burst(client, server, text, plan, many, turn, form)
                     if turn:  # the first warms up: kernels are compiled, pages are there
-                        samples[server, many].add(answers, seconds)
+                        samples[server, many, form].add(answers, seconds)
                     advance()
-    return [found.row(server.name, many) for (server, many), found in samples.items()]
+    rows = {key: found.row(key[0].name, *key[1:]) for key, found in samples.items()}
+    return [
+        replace(row, overhead=_overhead(rows[server, many, False], row)) if form else row
+        for (server, many, form), row in rows.items()
+    ]
+
+
+def _overhead(free: Row, forced: Row) -> float | None:
+    if not free.decode_tps or not forced.decode_tps:
+        return None
+    return free.decode_tps / forced.decode_tps - 1
 
 
 async def _burst(
-    client: httpx.AsyncClient, server: Server, text: HeldOutText, plan: Plan, many: int, turn: int
+    client: httpx.AsyncClient,
+    server: Server,
+    text: HeldOutText,
+    plan: Plan,
+    many: int,
+    turn: int,
+    form: bool,
 ) -> tuple[list[Answer], float]:
     """`many` requests at once: their answers, and the seconds until the last was complete."""
-    prompts = [text.prompt(f"{turn}/{many}/{i}", plan.prompt_tokens) for i in range(many)]
+    names = [f"{turn}/{many}/{i}{'/schema' * form}" for i in range(many)]
+    prompts = [text.prompt(name, plan.prompt_tokens) for name in names]
     tokens = plan.generation_tokens if turn else min(plan.generation_tokens, 8)
     bodies = [{"prompt": prompt, "max_tokens": tokens} for prompt in prompts]
+    if form:
+        described = {"name": "listing", "schema": SCHEMA}
+        wanted = {"type": "json_schema", "json_schema": described}
+        bodies = [{**body, "response_format": wanted} for body in bodies]
     began = time.perf_counter()
     answers = await asyncio.gather(*(stream(client, server, body) for body in bodies))
     return answers, time.perf_counter() - began

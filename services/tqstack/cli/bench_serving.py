@@ -50,6 +50,9 @@ def bench_serving(
     long_prompt: Annotated[
         int, typer.Option(min=0, help="instead: what a prompt of so many tokens does to others")
     ] = 0,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="also with answers forced into a JSON schema")
+    ] = False,
     url: Urls = None,
     sidecar: StartsSidecar = True,
     api_key: ApiKey = "",
@@ -58,7 +61,7 @@ def bench_serving(
     """Tokens per second, first token and gaps of many streams, servers interleaved."""
     from tqstack.bench import fairness, serving
 
-    plan = serving.Plan(numbers(concurrency), prompt_tokens, generation_tokens, rounds)
+    plan = serving.Plan(numbers(concurrency), prompt_tokens, generation_tokens, rounds, schema)
     if min(plan.concurrency) < 1:
         fail(f"--concurrency {concurrency}: streams at once must be at least 1", 2)
     long = fairness.Plan(long_prompt, prompt_tokens, generation_tokens, rounds)
@@ -184,7 +187,7 @@ def _show_serving(rows: Sequence[Any]) -> None:
         rows,
         {
             "server": lambda row: row.server,
-            "streams": lambda row: str(row.concurrency),
+            "streams": lambda row: f"{row.concurrency}{', schema' * row.schema}",
             "prompt": lambda row: _number(row.prompt_tokens),
             "output tok/s": lambda row: _number(row.output_tps, ",.1f"),
             "a stream's": lambda row: _number(row.decode_tps, ",.1f"),
@@ -193,6 +196,7 @@ def _show_serving(rows: Sequence[Any]) -> None:
             "gap, ms": lambda row: _number(row.gap_ms, ",.1f"),
             "p99": lambda row: _number(row.gap_ms_p99, ",.1f"),
             "max": lambda row: _number(row.gap_ms_max),
+            "overhead": lambda row: _number(row.overhead, "+.1%"),
             "errors": lambda row: f"{row.errors}/{row.requests}",
         },
     )

@@ -31,12 +31,15 @@ def generate(
     bits: Bits = "4",
     max_tokens: MaxTokens = 256,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0)] = 0.0,
+    min_tokens: Annotated[int, typer.Option(min=0, help="before the answer may end")] = 0,
     raw: Raw = False,
 ) -> None:
     """Write one answer, and tell speed and bytes."""
     preload_openblas()
     loaded, tokens = _prepare(model, prompt, raw)
-    run = Run(loaded, tokens, backend, bits, max_tokens, temperature)
+    if min_tokens > max_tokens:
+        fail(f"--min-tokens {min_tokens} are more than --max-tokens {max_tokens}", 2)
+    run = Run(loaded, tokens, backend, bits, max_tokens, temperature, min_tokens)
     for text in run.steps():
         typer.echo(text, nl=False)
     typer.echo()
@@ -100,6 +103,7 @@ class Run:
     bits: str
     max_tokens: int
     temperature: float = 0.0
+    min_tokens: int = 0
     text: str = ""
 
     def steps(self) -> Iterator[str]:
@@ -115,6 +119,7 @@ class Run:
         except ValueError as error:
             fail(str(error), 2)
         self.tokens: list[int] = []
+        self.drawn = 0
         for response in stream_generate(
             self.loaded.model,
             self.loaded.tokenizer,
@@ -122,11 +127,21 @@ class Run:
             max_tokens=self.max_tokens,
             sampler=make_sampler(self.temperature),
             prompt_cache=self.cache,
+            logits_processors=[self._put_off] if self.min_tokens else None,
         ):
             self.last = response
             self.tokens.append(response.token)
             self.text += response.text
             yield response.text
+
+    def _put_off(self, _: Any, logits: Any) -> Any:
+        """Logits without the answer's end, while that would come too early."""
+        import mlx.core as mx
+
+        self.drawn += 1
+        if self.drawn > self.min_tokens:
+            return logits
+        return logits.at[:, mx.array(sorted(self.loaded.tokenizer.eos_token_ids))].add(-mx.inf)
 
     def summary(self) -> str:
         from tqstack.bench.speed import cache_bytes
