@@ -69,8 +69,13 @@ FAMILIES = {
 _LISTED = Family(('{"name": ', ', "arguments": '), "}", None, (START + "[", "]"), ", ", True)
 
 
-def forced_tool(choice: Any, tools: list[dict[str, Any]] | None) -> str | None:
+def forced_tool(
+    choice: Any, tools: list[dict[str, Any]] | None, field: str = "tool_choice"
+) -> str | None:
     """The name of the tool that must be called; "" for any; None if none must be.
+
+    Args:
+        field: the request's, which wants that.
 
     Raises:
         ApiError: 400, if it is not there.
@@ -79,13 +84,13 @@ def forced_tool(choice: Any, tools: list[dict[str, Any]] | None) -> str | None:
         return None
     names = [tool["function"]["name"] for tool in tools or ()]
     if not names:
-        raise bad_request("tool_choice: there are no tools to choose from", "tool_choice")
+        raise bad_request(f"{field}: there are no tools to choose from", field)
     if choice == "required":
         return ""
     function = choice.get("function")
     name = function.get("name") if isinstance(function, dict) else None
     if choice.get("type") != "function" or name not in names:
-        raise bad_request(f"tool_choice: there is no tool {name!r} in tools", "tool_choice")
+        raise bad_request(f"{field}: there is no tool {name!r} in tools", field)
     return str(name)
 
 

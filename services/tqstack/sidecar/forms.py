@@ -50,7 +50,10 @@ def grammar_of(
     shape = _shape(request)
     rules = Rules(tokenizer)
     tools = _callable(tokenizer, request)
-    name = forced_tool(request.tool_choice, tools) if isinstance(request, ChatRequest) else None
+    name = None
+    if isinstance(request, ChatRequest):
+        field = "function_call" if request.legacy_functions else "tool_choice"
+        name = forced_tool(request.tool_choice, tools, field)
     if request.ignore_eos and (shape or name is not None):
         raise bad_request("ignore_eos: an answer that has a form ends with it", "ignore_eos")
     if name is not None:
