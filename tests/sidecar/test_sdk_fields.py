@@ -255,3 +255,23 @@ def test_each_field_of_the_other_apis_reaches_the_sidecar_or_is_refused(
         else:
             status, answer = answered(client, "/v1/chat/completions", {**chat, "max_tokens": 2})
             assert status == 200, (name, answer)
+
+
+def test_log_probabilities_reach_a_response_whole_and_streamed(client):
+    dialect = Responses()
+    request = {"input": "hi", "temperature": 0, "max_output_tokens": 5, "top_logprobs": 2}
+    chat = dialect.to_chat(request)
+    _, answer = answered(client, "/v1/chat/completions", chat)
+    [part] = dialect.from_chat(answer, request)["output"][0]["content"]
+    assert "".join(one["token"] for one in part["logprobs"]) == part["text"]
+    assert all(len(one["top_logprobs"]) == 2 for one in part["logprobs"])
+    request["stream"] = True
+    stream = dialect.stream(request, 0)
+    raw = client.post("/v1/chat/completions", json=dialect.to_chat(request)).content
+    written = (stream.feed(raw) + stream.end()).decode().split("\n\n")
+    events = [json.loads(event.split("data: ")[1]) for event in written if event]
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    streamed = [one for event in deltas for one in event["logprobs"]]
+    assert [one["token"] for one in streamed] == [one["token"] for one in part["logprobs"]]
+    final = events[-1]["response"]["output"][0]["content"][0]
+    assert final["logprobs"] == streamed

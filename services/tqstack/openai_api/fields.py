@@ -124,7 +124,11 @@ RESPONSES: dict[str, Field] = {
     "tool_choice": Field("as chat's; `allowed_tools`: only those are sent", "not read"),
     "text": Field("`format` as chat's `response_format`; `verbosity` medium"),
     "reasoning": Field("`effort` as chat's; a summary is the reasoning itself"),
-    "include": Field("`reasoning.encrypted_content`; the rest is of tools that run at OpenAI"),
+    "include": Field(
+        "`reasoning.encrypted_content`, `message.output_text.logprobs`; the rest is of tools that "
+        "run at OpenAI"
+    ),
+    "top_logprobs": DONE,
     "previous_response_id": Field("done, of answers kept in memory", "done, by the router"),
     "store": Field("false: not kept", "done, by the router"),
     "truncation": Field("disabled"),

@@ -24,13 +24,18 @@ Kind = Literal["reasoning", "text", "tool"]
 
 @dataclass(slots=True)
 class Block:
-    """One block; a tool call's text is its arguments."""
+    """One block; a tool call's text is its arguments.
+
+    Attributes:
+        logprobs: chat's, of the text's tokens, where the backend tells them.
+    """
 
     kind: Kind
     call: int = 0  # which of the message's tool calls
     call_id: str = ""
     name: str = ""
     pieces: list[str] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -59,8 +64,17 @@ def blocks_of(answer: dict[str, Any]) -> tuple[list[Block], dict[str, Any]]:
     for block, text in pieces_of(choice.get("message") or {}, CallNumbers()):
         block.call_id = block.call_id or new_id("call")
         block.pieces.append(text)
+        if block.kind == "text":
+            block.logprobs += logprobs_of(choice)
         blocks.append(block)
     return blocks, choice
+
+
+def logprobs_of(choice: dict[str, Any]) -> list[Any]:
+    """What a chat's choice tells of its content's tokens."""
+    told = choice.get("logprobs")
+    content = told.get("content") if isinstance(told, dict) else None
+    return content if isinstance(content, list) else []
 
 
 def new_id(kind: str) -> str:
@@ -76,6 +90,7 @@ class BlockStream(ABC):
         self.usage: dict[str, Any] = {}
         self.final: dict[str, Any] | None = None  # the whole answer, where it is needed
         self._parser = EventParser(_LARGEST_EVENT)
+        self.told: list[Any] = []  # log-probabilities of the piece that has come
         self._open: Block | None = None
         self._numbers = CallNumbers()
         self._begun = False
@@ -122,6 +137,7 @@ class BlockStream(ABC):
         self._begun = True
         self.usage = chunk.get("usage") or self.usage
         for choice in chunk.get("choices") or ():
+            self.told = logprobs_of(choice)
             for block, text in pieces_of(choice.get("delta") or {}, self._numbers):
                 events += self._add(block, text)
             self.choice |= {name: value for name, value in choice.items() if value is not None}
@@ -139,6 +155,7 @@ class BlockStream(ABC):
         if not text:
             return events
         current.pieces.append(text)
+        current.logprobs += self.told if current.kind == "text" else ()
         return events + self.delta(current, text)
 
     def _close_open(self) -> bytes:

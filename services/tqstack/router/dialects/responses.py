@@ -38,13 +38,14 @@ _ECHOED = (
     "store",
     "text",
     "reasoning",
+    "top_logprobs",
 )
 _SEALED = "reasoning.encrypted_content"
+_LOGPROBS = "message.output_text.logprobs"
 REFUSED = {
     "conversation": "no conversations are kept here; send previous_response_id or the whole input",
     "prompt": "there are no stored prompts here; send instructions and input",
     "background": "an answer is given while the client waits; leave background out",
-    "top_logprobs": "ask /v1/chat/completions for logprobs",
     "moderation": "nothing is moderated here",
     "context_management": "nothing compacts a conversation here; leave it out",
     "multi_agent": "one model answers here; leave it out",
@@ -76,8 +77,11 @@ class Responses:
             "temperature",
             "top_p",
             "parallel_tool_calls",
+            "top_logprobs",
             max_tokens="max_output_tokens",
         )
+        if chat.get("top_logprobs") or _LOGPROBS in _included(request):
+            chat["logprobs"] = True
         chat["messages"] = merge_leading(history(request))
         tools, choice = choose_tools(request, read_tools(request)[0])
         if tools:
@@ -147,7 +151,7 @@ class _Items:
             content = [{"type": "reasoning_text", "text": text}] if text else []
             item |= {"type": "reasoning", "summary": [], "content": content}
             return {**item, "encrypted_content": seal(text)} if self._sealed else item
-        content = [_text_part(text)] if text else []
+        content = [_text_part(text, block.logprobs)] if text else []
         return {**item, "type": "message", "role": "assistant", "content": content}
 
 
@@ -197,7 +201,7 @@ class ResponseStream(BlockStream):
             return self._of_item("response.function_call_arguments.delta", delta=text)
         if block.kind == "reasoning":
             return self._part("response.reasoning_text.delta", delta=text)
-        return self._part("response.output_text.delta", delta=text, logprobs=[])
+        return self._part("response.output_text.delta", delta=text, logprobs=self.told)
 
     def close(self, block: Block) -> bytes:
         text = block.text
@@ -206,8 +210,9 @@ class ResponseStream(BlockStream):
         elif block.kind == "reasoning":
             events = self._part("response.reasoning_text.done", text=text)
         else:
-            events = self._part("response.output_text.done", text=text, logprobs=[])
-            events += self._part("response.content_part.done", part=_text_part(text))
+            told = block.logprobs
+            events = self._part("response.output_text.done", text=text, logprobs=told)
+            events += self._part("response.content_part.done", part=_text_part(text, told))
         item = self._items.item(block, self._item_id, "completed")
         index = len(self._output)
         self._output.append(item)
@@ -264,10 +269,6 @@ def _refuse(request: dict[str, Any]) -> None:
             "text.verbosity",
             "unsupported_value",
         )
-    if "message.output_text.logprobs" in _included(request):
-        raise bad_request(
-            "include: logprobs are not translated; ask /v1/chat/completions for them", "include"
-        )
 
 
 def _response(request: dict[str, Any], model: str) -> dict[str, Any]:
@@ -310,8 +311,8 @@ def _completed(
     }
 
 
-def _text_part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _text_part(text: str, logprobs: list[Any] | None = None) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs or []}
 
 
 def _included(request: dict[str, Any]) -> list[Any]:
