@@ -105,7 +105,7 @@ CONST int FLASH_KEYS = 32, SHARERS = 2;
 #define TILES(T) const device T*
 FN const device half_t* tiles(threadgroup half_t*, const device half_t* global) { return global; }
 FN void copy_async(threadgroup word* to, const device word* from) {
-  *reinterpret_cast<threadgroup uint4*>(to) = *reinterpret_cast<const device uint4*>(from);
+  UNROLL for (int i = 0; i < 4; i++) to[i] = from[i];
 }
 FN void copies_asked() {}
 template <int GROUPS>

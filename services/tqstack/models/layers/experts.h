@@ -16,6 +16,7 @@ CONST int EXPERTS_SHARED_WORDS = 2 * (INPUT_STAGE + WEIGHT_STAGE) + EXPERT_ROWS;
 
 struct ExpertsCall {
   int rows, inputs, outputs;
+  int sharers;  // blocks that divide the experts of the same rows among them
 };
 
 // The codes of one output and STEP inputs, and how they become numbers.
@@ -54,7 +55,7 @@ struct Codes {
 template <int BITS, int GROUP, typename T>
 FN void experts(IN(T) x, IN(word) weight, IN(T) scales, IN(T) biases, IN(word) indices,
                 IN(ExpertsCall) call, OUT(T) y, SHARED(word) memory, int tid, int block_column,
-                int block_row, int sharer, int sharers) {
+                int block_row, int sharer) {
   constexpr int COLUMN_TILES = EXPERT_OUTPUTS / 16;
   const int lane = tid % 32, warp = tid / 32;
   const int inputs = call->inputs, outputs = call->outputs;
@@ -68,7 +69,7 @@ FN void experts(IN(T) x, IN(word) weight, IN(T) scales, IN(T) biases, IN(word) i
   for (int start = 0, stop, turn = 0; start < rows; start = stop, turn++) {
     const word expert = own[start];
     for (stop = start + 1; stop < rows && own[stop] == expert;) stop++;
-    if (turn % sharers != sharer) continue;
+    if (turn % call->sharers != sharer) continue;
     const bool active = warp * 16 < stop && warp * 16 + 16 > start;
     const size_t row = size_t(expert) * outputs + min(column + tid, outputs - 1);
     float sum[COLUMN_TILES][2][4];

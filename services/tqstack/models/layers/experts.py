@@ -29,7 +29,7 @@ EXPERTS = Program(
     call="""
 SHARED_MEMORY(memory, EXPERTS_SHARED_WORDS);
 experts<BITS, GROUP>(x, weight, scales, biases, indices, (IN(ExpertsCall))call, y, memory, tid,
-                     block.x, block.y, block.z, SHARERS);""",
+                     block.x, block.y, block.z);""",
     inputs=("x", "weight", "scales", "biases", "indices", "call"),
     outputs=("y",),
     shared_words=(ROWS + OUTPUTS) * (STEP + 8) + ROWS,
@@ -52,12 +52,17 @@ def sorted_products(
     rows, _, inputs = x.shape
     outputs = weight.shape[1]
     columns, tiles = -(-outputs // OUTPUTS), -(-rows // ROWS)
-    sharers = 1  # of a tile's rows: a power of two, so that few programs are compiled
-    while columns * tiles * sharers < BLOCKS and sharers < min(ROWS, rows):
-        sharers *= 2
+    sharers = max(1, min(BLOCKS // (columns * tiles), ROWS, rows))
     (y,) = EXPERTS(
-        [x, weight, scales, biases, indices.astype(mx.uint32), _sizes(rows, inputs, outputs)],
-        template={"BITS": bits, "GROUP": group_size, "SHARERS": sharers},
+        [
+            x,
+            weight,
+            scales,
+            biases,
+            indices.astype(mx.uint32),
+            _sizes(rows, inputs, outputs, sharers),
+        ],
+        template={"BITS": bits, "GROUP": group_size},
         blocks=(columns, tiles, sharers),
         threads=THREADS,
         outputs=[((rows, 1, outputs), x.dtype)],
