@@ -15,6 +15,7 @@ from tqstack.models.geometry import Geometry
 
 MIB = 1 << 20
 KEY_TILE = 1024  # of tqstack.attention.tiled
+SPAN_BYTES = 64 << 20  # of tqstack.attention.kernels.prefill
 SLACK = 16 * MIB  # of a prefill step: what has no formula
 
 
@@ -91,12 +92,16 @@ class Plan:
 def prefill_workspace(geometry: Geometry, tokens: int, value_bytes: int) -> int:
     """Bytes that a prefill step of `tokens` needs beside weights and caches, at most.
 
-    Attention in tiles holds some tiles of scores and the running outputs, all in float32; so does
-    the recurrence (how much is measured, and held by a test). The work of the recurrence and of
+    Attention in tiles holds some tiles of scores and the running outputs, all in float32, and as a
+    kernel two spans of keys and values as halves, and sums of all query rows; so does the
+    recurrence (how much is measured, and held by a test). The work of the recurrence and of
     attention may overlap.
     """
     g = geometry
-    tiles = 4 * g.query_heads * tokens * (3 * KEY_TILE + 4 * g.head_dim)
+    rows = 4 * g.query_heads * tokens
+    tiles = rows * (3 * KEY_TILE + 4 * g.head_dim)
+    if value_bytes == 2:  # a GPU; a CPU has float32, and no kernel
+        tiles = max(tiles, 2 * SPAN_BYTES + rows * 6 * g.head_dim)
     # MLX's own attention, which windows have: scores, their softmax, and a copy.
     window = max((layer.window for layer in g.layers if layer.kind == "window"), default=-tokens)
     attention = max(tiles, 3 * value_bytes * g.query_heads * tokens * (tokens + window))
