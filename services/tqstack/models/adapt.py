@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.nn as nn
 
 from tqstack.attention.kernels.program import backend
-from tqstack.models.layers import convolution, experts, gated_delta, steps
+from tqstack.models.layers import activations, convolution, experts, gated_delta, steps
 
 
 def adapt(model: nn.Module) -> dict[str, int]:
@@ -20,6 +20,8 @@ def adapt(model: nn.Module) -> dict[str, int]:
     if dialect != "metal":  # there mlx-lm and MLX have kernels of their own
         replaced["gated delta"] = gated_delta.install(model)
         replaced["convolution"] = convolution.install(model)
+    if dialect is None:
+        replaced["activations"] = activations.install(model)
     if dialect is not None:  # a CPU gains nothing from fewer launches
         replaced["experts"] = experts.install(model)
         replaced["steps"] = steps.install(model)

@@ -23,6 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gated_delta as mlx_gated_delta
 
+from tqstack.attention.exponential import exp
 from tqstack.attention.kernels.program import backend, fault
 from tqstack.models.layers import recurrence as kernel
 
@@ -183,7 +184,7 @@ def _chunked(q, k, v, log_g, beta, state) -> tuple[mx.array, mx.array]:
     G = mx.exp(log_G)[..., None]
     t = mx.arange(C)
     difference = log_G[..., :, None] - log_G[..., None, :]
-    decay = mx.exp(mx.where(t[:, None] >= t, difference, -mx.inf))  # G_t / G_i for i <= t
+    decay = exp(mx.where(t[:, None] >= t, difference, -mx.inf))  # G_t / G_i for i <= t
     k_t = k.swapaxes(-1, -2)
     A = mx.where(t[:, None] > t, per_value_head(k @ k_t) * decay * beta, 0.0)
     scores = per_value_head(q @ k_t) * decay
@@ -192,7 +193,7 @@ def _chunked(q, k, v, log_g, beta, state) -> tuple[mx.array, mx.array]:
     inverse = _unit_lower_inverse(A)  # (B, Hv, N, C, C)
     W = inverse @ (k * (beta * G))  # U = U_0 - W S_0^T
     U_0 = inverse @ (v * beta)
-    k_end = k * mx.exp(log_G[..., -1:] - log_G)[..., None]  # decayed to the chunk's end
+    k_end = k * exp(log_G[..., -1:] - log_G)[..., None]  # decayed to the chunk's end
     M = G[..., -1:, :] * mx.eye(Dk) - W.swapaxes(-1, -2) @ k_end  # (B, Hv, N, Dk, Dk)
     step = U_0.swapaxes(-1, -2) @ k_end  # (B, Hv, N, Dv, Dk)
     starts = []
