@@ -192,6 +192,7 @@ def test_our_layers_take_the_place_of_the_slow_ones_and_give_the_same_logits(nam
     convolutions = sum(layer.convolution > 0 for layer in layers)
     delta = convolutions if name.startswith(("qwen3-next", "qwen3.5")) else 0
     assert (replaced["gated delta"], replaced["convolution"]) == (delta, convolutions)
+    assert replaced["products"]
     assert distance(read(model, PLAIN.make(model), tokens(40)), want) < ROUNDING
 
 

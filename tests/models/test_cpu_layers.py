@@ -1,12 +1,13 @@
-"""What a CPU has in place of MLX's own layers."""
+"""Products in parts and gates: what a CPU has in place of MLX's own."""
 
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.models import activations as plain
 
-from tqstack.models.layers import activations
+from tqstack.models.layers import activations, products
 
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="what a CPU has")
 
@@ -19,3 +20,36 @@ def test_gates_are_those_of_mlx_lm():
         half = x.astype(mx.bfloat16)
         got, want = (f.precise_swiglu(half, gate, x) for f in (activations, plain))
         assert got.dtype == mx.bfloat16 and mx.allclose(got, want, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+def test_a_product_in_parts_is_the_product(rows, bias, monkeypatch):
+    monkeypatch.setattr(products, "parts", lambda *_: 4)
+    linear = nn.Linear(24, 32, bias=bias)
+    x = mx.random.normal((rows, 1, 24))
+    want = linear(x)
+    assert products.install(linear) == 1
+    assert linear(x).shape == want.shape and mx.allclose(linear(x), want, atol=1e-6)
+
+
+def test_an_output_head_in_parts_is_the_head(monkeypatch):
+    monkeypatch.setattr(products, "parts", lambda *_: 8)
+    embedding = nn.Embedding(64, 24)
+    x = mx.random.normal((2, 2, 24))
+    want, looked_up = embedding.as_linear(x), embedding(mx.array([3, 5]))
+    assert products.install(embedding) == 1
+    assert mx.allclose(embedding.as_linear(x), want, atol=1e-6)
+    assert mx.array_equal(embedding(mx.array([3, 5])), looked_up)
+
+
+def test_a_product_is_divided_only_where_that_was_faster(monkeypatch):
+    products.parts.cache_clear()
+    for whole, divided, faster in ((2.0, 1.0, True), (1.0, 1.0, False)):
+        times = [whole, divided] * 5
+        monkeypatch.setattr(products, "_seconds", lambda _, times=times: times.pop(0))
+        count = products.parts(4, 1024, 384, mx.float32)
+        assert (count > 1) == faster and 1024 % count == 0
+        products.parts.cache_clear()
+    assert products.parts(1, 8, 8, mx.float32) == 1  # small already
+    assert products.parts(4, 1024, 384, mx.bfloat16) == 1

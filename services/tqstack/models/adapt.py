@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.nn as nn
 
 from tqstack.attention.kernels.program import backend
-from tqstack.models.layers import activations, convolution, experts, gated_delta, steps
+from tqstack.models.layers import activations, convolution, experts, gated_delta, products, steps
 
 
 def adapt(model: nn.Module) -> dict[str, int]:
@@ -22,6 +22,7 @@ def adapt(model: nn.Module) -> dict[str, int]:
         replaced["convolution"] = convolution.install(model)
     if dialect is None:
         replaced["activations"] = activations.install(model)
+        replaced["products"] = products.install(model)
     if dialect is not None:  # a CPU gains nothing from fewer launches
         replaced["experts"] = experts.install(model)
         replaced["steps"] = steps.install(model)
