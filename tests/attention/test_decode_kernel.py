@@ -280,6 +280,9 @@ def test_exact_keys_are_exact():
 def test_the_plain_twin_agrees():
     queries, stored, options = case("tq4", "tq3", lengths=(199, 70), L=8, slabs=2, kv_heads=2)
     got = decode.decode_attention(queries, stored, **options)
+    # Kernels do not read what stands behind a sequence; the twin does, and gives it no weight.
+    tails = (mx.nan_to_num(x, nan=1e4) for x in (stored.tail_keys, stored.tail_values))
+    stored = replace(stored, **dict(zip(("tail_keys", "tail_values"), tails, strict=True)))
     assert distance(got, tiled_attention(queries, stored, **options)) < TOLERANCE
 
 

@@ -117,7 +117,7 @@ class Stored:
         tables: of each sequence the ids of its packed blocks: slab << ROW_BITS | row.
         tail_keys, tail_values: of each sequence (1, KV heads, slots, head_dim), or one array of all
             (B, KV heads, slots, head_dim): slot s holds position starts[i] + s, where it is below
-            lengths[i].
+            lengths[i]; behind it anything finite.
         lengths: tokens of each sequence, those that the queries belong to included.
         counts: of those, how many have a query now: the first counts[i] columns of row i.
     """

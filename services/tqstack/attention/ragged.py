@@ -13,11 +13,12 @@ import mlx.core as mx
 
 from tqstack.attention.blocks import Stored, first_exact, gather
 from tqstack.attention.softmax import Softmax
+from tqstack.attention.tail import REVOCABLE
 
 
-def serves(stored: Stored) -> bool:
-    """Whether there are several sequences whose tails are one array: while tokens are generated."""
-    return len(stored.counts) > 1 and isinstance(stored.tail_keys, mx.array)
+def serves(stored: Stored, L: int) -> bool:
+    """Whether these are few tokens of several sequences, whose tails are one array."""
+    return L <= REVOCABLE and len(stored.counts) > 1 and isinstance(stored.tail_keys, mx.array)
 
 
 def ragged_attention(

@@ -26,8 +26,8 @@ class Tails:
     They are pairs of arrays (1, KV heads, slots, head_dim), one for each sequence while prompts are
     read and batches change (joining and leaving copy nothing then), and stacked in one array
     (B, KV heads, slots, head_dim) of a fixed number of slots while tokens are generated. What
-    stands behind a sequence's length has no meaning. Arrays are never written in place: forks share
-    them.
+    stands behind a sequence's length is finite and has no meaning. Arrays are never written in
+    place: forks share them.
     """
 
     def __init__(self, starts: Sequence[int], parts: Sequence[Pair | None], slots: int):

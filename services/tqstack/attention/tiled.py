@@ -63,7 +63,7 @@ def tiled_attention(
     """
     if isinstance(mask, str) and mask != "causal":
         raise ValueError(f"mask {mask!r} is not known; allowed: None, 'causal' or an array")
-    if not isinstance(mask, mx.array) and serves(stored):
+    if not isinstance(mask, mx.array) and serves(stored, queries.shape[2]):
         causal = mask == "causal"
         return ragged_attention(queries, stored, KEY_TILE, scale=scale, causal=causal, sinks=sinks)
     L, outputs = queries.shape[2], []
