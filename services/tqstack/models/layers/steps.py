@@ -1,9 +1,9 @@
-"""How a GPU steps through layers: single tokens compiled, prompts a layer at a time.
+"""How layers are stepped through: single tokens compiled, and on a GPU prompts a layer at a time.
 
 A token of a 40-layer model is some 2,000 small operations, and making and launching them takes
-longer than the GPU needs for them. `mx.compile` traces them once and fuses what it can. Attention
-stays outside: its cache changes shape. The layers' own code is what is traced, so there is nothing
-here that could differ from it.
+longer than the GPU needs for them; a CPU waits meanwhile. `mx.compile` traces them once and fuses
+what it can. Attention stays outside: its cache changes shape. The layers' own code is what is
+traced, so there is nothing here that could differ from it.
 
 A prompt's operations are large, and on CUDA MLX queues a thousand of them and holds what they all
 return: there MLPs and recurrent layers wait for the one before.
@@ -33,7 +33,7 @@ def install(model: nn.Module) -> int:
     for layer in layers:
         for name, faster in (("mlp", _mlp), ("linear_attn", _recurrence)):
             module = layer.get(name)
-            if isinstance(module, nn.Module):
+            if isinstance(module, nn.Module) and not getattr(type(module), "steps", False):
                 module.__class__ = faster(type(module))
                 count += 1
     return count
@@ -53,6 +53,8 @@ def _wait_behind(results: list[Any]) -> None:
 @lru_cache
 def _mlp(base: type[nn.Module]) -> type[nn.Module]:
     class Steps(base):
+        steps = True
+
         def __call__(self, x: mx.array) -> mx.array:
             if x.shape[1] != 1:
                 y = super().__call__(x)
@@ -69,6 +71,8 @@ def _mlp(base: type[nn.Module]) -> type[nn.Module]:
 @lru_cache
 def _recurrence(base: type[nn.Module]) -> type[nn.Module]:
     class Steps(base):
+        steps = True
+
         def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None):
             ready = type(cache) is ArraysCache and not cache.empty()
             if x.shape[1] != 1 or mask is not None or not ready:
