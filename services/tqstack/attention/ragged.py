@@ -107,13 +107,16 @@ def _packed(rotated: mx.array, stored: Stored, key_tile: int) -> Softmax | None:
         if limits is not None or any(needed[i] < first + width for i in rows):
             stops = stops if limits is None else limits[:active]
             visible = (keys < stops[..., None])[:, None, None]  # (active, 1, 1, L or 1, T)
-        running.fold(*_decoded(running, stored, ids, active), visible, None)
+        k, v = _decoded(running, stored, ids, active)
+        running.fold(k, v, visible, None)
         first += width
     at = sorted(range(B), key=lambda n: order[n])
     return Softmax.joined(done[::-1]).take(at)
 
 
-def _decoded(running: Softmax, stored: Stored, ids: Sequence[int], sequences: int):
+def _decoded(
+    running: Softmax, stored: Stored, ids: Sequence[int], sequences: int
+) -> tuple[mx.array, mx.array]:
     """Blocks of some sequences -> keys and values (sequences, KV heads, T, head_dim)."""
     layout = stored.layout
     # One tile after the other, or all would be held at once.
@@ -121,4 +124,5 @@ def _decoded(running: Softmax, stored: Stored, ids: Sequence[int], sequences: in
     keys, values = layout.planes(rows)
     shape = (layout.kv_heads, sequences, -1)
     k, v = layout.key_codec.decode(keys), layout.value_codec.decode(values)
-    return tuple(x.reshape(*shape, x.shape[-1]).swapaxes(0, 1) for x in (k, v))
+    k, v = (x.reshape(*shape, x.shape[-1]).swapaxes(0, 1) for x in (k, v))
+    return k, v

@@ -59,7 +59,7 @@ class Softmax:
         """The softmax of some of the B sequences."""
         if not isinstance(rows, slice) and list(rows) == list(range(self.shape[0])):
             return self
-        index = rows if isinstance(rows, slice) else mx.array(rows)
+        index = rows if isinstance(rows, slice) else mx.array(list(rows))
         part = object.__new__(Softmax)
         part.start, part.stop = self.start, self.stop
         part.queries, part.m, part.l = self.queries[index], self.m[index], self.l[index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes.util
 import logging
 import os
+import re
 import sys
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -16,6 +17,12 @@ from tqstack.machine import accelerator
 from tqstack.settings import EXIT_CONFIG, Settings, SettingsError, load_settings
 
 LOG_BYTES, LOG_FILES = 10_000_000, 4  # 50 MB at most for each service
+
+# OpenBLAS's kernels by what a processor must be able to do, the fastest first.
+KERNELS = {
+    "SKYLAKEX": {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"},
+    "HASWELL": {"avx2", "fma"},
+}
 
 # Redirected output has no width of its own: wide enough that no table is cut.
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -70,7 +77,28 @@ def with_openblas(environment: dict[str, str]) -> dict[str, str]:
     loaded = environment.get("LD_PRELOAD", "")
     if library is None or "openblas" in loaded:
         return environment
-    return {**environment, "LD_PRELOAD": f"{library}:{loaded}".rstrip(":")}
+    kernels = {} if "OPENBLAS_CORETYPE" in environment else kernels_by_name(library)
+    return {**environment, **kernels, "LD_PRELOAD": f"{library}:{loaded}".rstrip(":")}
+
+
+def kernels_by_name(library: str) -> dict[str, str]:
+    """OPENBLAS_CORETYPE for a processor that OpenBLAS is too old to know: it takes those for a
+    Pentium 4 (Prescott), whose kernels read a prompt at half the speed."""
+    try:
+        blas = ctypes.CDLL(library)
+        blas.openblas_get_corename.restype = ctypes.c_char_p
+        core = blas.openblas_get_corename().decode()
+        flags = set(
+            re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[0].split()
+        )
+    except (OSError, AttributeError, IndexError):
+        return {}
+    if core != "Prescott":
+        return {}
+    for name, needed in KERNELS.items():
+        if needed <= flags:
+            return {"OPENBLAS_CORETYPE": name}
+    return {}
 
 
 def preload_openblas() -> None:
