@@ -26,6 +26,9 @@ from tqstack.settings import Settings, SettingsError
 from tqstack.turboquant.kv_codecs import KVCodecs
 
 ROUNDING = 2e-4  # of logits of the order of 1, in float32
+# Products of other sizes round otherwise, and a value on the boundary of two codes may then get the
+# other one. Keys that are packed where they should be exact differ by 0.02 and more.
+OTHER_CODES = 5e-3
 PLAIN = CacheSpec(None)
 FOUR_BITS = CacheSpec(KVCodecs.parse(4))
 EIGHT_BITS = CacheSpec(KVCodecs.parse(8))
@@ -96,7 +99,7 @@ def test_a_fork_and_what_it_was_forked_from_go_on_as_a_cold_cache(model):
     for cache in (fork, warm):
         assert mx.array_equal(read(model, cache, rest), want)
     once = read(model, FOUR_BITS.make(model), prompt, chunk=420)
-    assert distance(once[:, 300:], want) < ROUNDING
+    assert distance(once[:, 300:], want) < OTHER_CODES
 
 
 def test_logits_of_8_bits_are_near_those_of_the_plain_cache(model):
