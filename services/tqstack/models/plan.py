@@ -106,7 +106,10 @@ def prefill_workspace(geometry: Geometry, tokens: int, value_bytes: int) -> int:
     window = max((layer.window for layer in g.layers if layer.kind == "window"), default=-tokens)
     attention = max(tiles, 3 * value_bytes * g.query_heads * tokens * (tokens + window))
     recurrence = 4 * (tokens * g.recurrence + g.recurrence_chunk)
-    feed_forward = value_bytes * tokens * (4 * g.hidden + 3 * g.feed_forward)
+    # An exponential on a CPU goes through three arrays of its own (`attention/exponential.py`).
+    feed_forward = (
+        value_bytes * tokens * (4 * g.hidden + (6 if value_bytes == 4 else 3) * g.feed_forward)
+    )
     # The step's keys and values are exact until its last block is packed.
     exact = value_bytes * tokens * sum(layer.token_values for layer in g.softmax)
     return attention + recurrence + feed_forward + exact + SLACK
