@@ -16,7 +16,7 @@ from tqstack.models.geometry import Geometry
 MIB = 1 << 20
 KEY_TILE = 1024  # of tqstack.attention.tiled
 SPAN_BYTES = 64 << 20  # of tqstack.attention.kernels.prefill
-SLACK = 16 * MIB  # of a prefill step: what has no formula
+SLACK = 24 * MIB  # of a prefill step: what has no formula
 
 
 @dataclass(frozen=True)
