@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_lm.models import activations as plain
+from mlx_lm.models import step3p5
 
 from tqstack.models.layers import activations, products
 
@@ -20,6 +23,23 @@ def test_gates_are_those_of_mlx_lm():
         half = x.astype(mx.bfloat16)
         got, want = (f.precise_swiglu(half, gate, x) for f in (activations, plain))
         assert got.dtype == mx.bfloat16 and mx.allclose(got, want, rtol=1e-2, atol=1e-6)
+
+
+class Gate(nn.Module):
+    def __call__(self, x):
+        return nn.silu(x)
+
+
+def test_gates_of_a_model_are_replaced_and_those_of_others_stay():
+    gate, x = (mx.random.normal((2, 300, 64), key=mx.random.key(i)) for i in (0, 1))
+    layer, library = Gate(), sys.modules["mlx.nn"]
+    silu = library.silu
+    assert activations.install(layer) == 1
+    assert mx.array_equal(layer(gate), activations.silu(gate))
+    assert library.silu is silu
+    # Compiled for any shape: it could not have our silu.
+    want = mx.minimum(silu(gate), 3.0) * mx.clip(x, -3.0, 3.0)
+    assert mx.allclose(step3p5.clamped_swiglu(x, gate, mx.array(3.0)), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [False, True])

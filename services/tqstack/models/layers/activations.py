@@ -4,6 +4,7 @@ of 500 tokens MLX's own took a third of the time that the embedded model needs t
 from __future__ import annotations
 
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -27,14 +28,17 @@ def precise_swiglu(h: mx.array, gate: mx.array, x: mx.array) -> mx.array:
     return swiglu(gate.astype(mx.float32), x.astype(mx.float32)).astype(h.dtype)
 
 
+# What `nn` is to layers that call nn.silu. nn itself stays: functions of mlx-lm that are compiled
+# for any shape call its silu, and ours has views, which they cannot have.
+_NN: Any = ModuleType("mlx.nn")
+_NN.silu, _NN.__getattr__ = silu, partial(getattr, nn)
 FASTER = {"swiglu": swiglu, "precise_swiglu": precise_swiglu}
 
 
 def install(model: nn.Module) -> int:
     """Let a model's layers use these; returns how many do.
 
-    Names are replaced where a layer's call looks them up: in the module that defines its class, and
-    `silu` in mlx.nn itself.
+    Names are replaced where a layer's call looks them up: in the module that defines its class.
     """
     layers = 0
     for module in model.modules():
@@ -44,7 +48,7 @@ def install(model: nn.Module) -> int:
         for name in found:
             call.__globals__[name] = FASTER[name]
         if "silu" in names:
-            nn.silu = silu
+            call.__globals__["nn"] = _NN
         layers += bool(found) or "silu" in names
     return layers
 
