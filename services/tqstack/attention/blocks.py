@@ -7,7 +7,7 @@ of 32-bit words: the planes of the keys, then those of the values, each (KV head
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -142,6 +142,19 @@ class Stored:
         if isinstance(self.tail_keys, mx.array):
             return self.tail_keys[i : i + 1], self.tail_values[i : i + 1]  # pyright: ignore
         return self.tail_keys[i], self.tail_values[i]
+
+    def alone(self, i: int) -> Stored:
+        """Sequence i by itself."""
+        keys, values = self.tail(i)
+        return replace(
+            self,
+            tables=(self.tables[i],),
+            tail_keys=keys,
+            tail_values=values,
+            starts=(self.starts[i],),
+            lengths=(self.lengths[i],),
+            counts=(self.counts[i],),
+        )
 
     def rows(self, i: int, first: int, stop: int) -> mx.array:
         """(blocks, words): blocks `first` to `stop` of sequence i."""

@@ -4,18 +4,20 @@ Packed keys and values are decompressed tile by tile and folded into an online s
 Gimelshein, arXiv 1805.02867), so neither a decompressed copy of the cache nor a full score matrix
 ever exists. That part works in the rotated domain: queries are rotated once, outputs rotated back
 once. The exact keys that a query sees are folded into a softmax of their own; both are added up.
-This is prefill everywhere, and decode wherever no kernel runs; the kernels are compared with it.
+It serves wherever no kernel runs, and the kernels are compared with it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 
 from tqstack.attention.blocks import BLOCK_TOKENS, Stored, first_exact
 from tqstack.attention.kernels.program import backend
 from tqstack.attention.ragged import ragged_attention, serves
+from tqstack.attention.sequences import Mask, one_by_one
 from tqstack.attention.softmax import Softmax
 
 # Scores of one step: KEY_TILE keys against QUERY_TILE tokens of every head.
@@ -66,50 +68,38 @@ def tiled_attention(
     if not isinstance(mask, mx.array) and serves(stored, queries.shape[2]):
         causal = mask == "causal"
         return ragged_attention(queries, stored, KEY_TILE, scale=scale, causal=causal, sinks=sinks)
-    L, outputs = queries.shape[2], []
-    for i, count in enumerate(stored.counts):
-        if not count:
-            shape = (1, queries.shape[1], L, stored.layout.value_codec.dim)
-            outputs.append(mx.zeros(shape, queries.dtype))
-            continue
-        own = mask
-        if isinstance(mask, mx.array):
-            own = mask.reshape(*([1] * (4 - mask.ndim)), *mask.shape)
-            own = own[i : i + 1] if own.shape[0] > 1 else own
-        out = _sequence(queries[i : i + 1, :, :count], stored, i, scale, own, sinks)
-        outputs.append(mx.pad(out, [(0, 0), (0, 0), (0, L - count), (0, 0)]) if count < L else out)
-    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+    return one_by_one(partial(_sequence, scale=scale, sinks=sinks), queries, stored, mask)
 
 
 def _sequence(
     queries: mx.array,
     stored: Stored,
-    i: int,
+    mask: Mask,
+    *,
     scale: float,
-    mask: mx.array | str | None,
     sinks: mx.array | None,
 ) -> mx.array:
-    """(1, query heads, L, d) queries of sequence i -> (1, query heads, L, value d)."""
+    """(1, query heads, L, d) queries of the only sequence -> (1, query heads, L, value d)."""
     _, heads, L, _ = queries.shape
     layout = stored.layout
     kv_heads, value_codec = layout.kv_heads, layout.value_codec
-    seen = _Seen(stored, i, L, mask, (kv_heads, heads // kv_heads))
+    seen = _Seen(stored, L, mask, (kv_heads, heads // kv_heads))
     raw = queries.astype(mx.float32) * scale
     rotated = layout.key_codec.rotate(raw)
     raw, rotated = (x.reshape(1, kv_heads, heads // kv_heads, L, -1) for x in (raw, rotated))
     spans = [(a, min(a + QUERY_TILE, L)) for a in range(0, L, QUERY_TILE)]
     packed = [Softmax(rotated[..., a:b, :], a, value_codec.dim, None) for a, b in spans]
-    _fold_packed(packed, stored, i, seen)
+    _fold_packed(packed, stored, seen)
     outputs = []
     for (a, b), old in zip(spans, packed, strict=True):
         new = Softmax(raw[..., a:b, :], a, value_codec.dim, sinks)
-        _fold_exact(new, stored, i, seen)
+        _fold_exact(new, stored, seen)
         outputs.append(new.plus(old, value_codec.unrotate(old.acc)))
     out = mx.concatenate(outputs, axis=-2) if len(outputs) > 1 else outputs[0]
     return out.reshape(1, heads, L, -1).astype(queries.dtype)
 
 
-def _fold_packed(blocks: list[Softmax], stored: Stored, i: int, seen: _Seen) -> None:
+def _fold_packed(blocks: list[Softmax], stored: Stored, seen: _Seen) -> None:
     """All packed keys that the queries see, a tile after the other."""
     layout = stored.layout
     limits = [seen.limit(block.stop - 1) for block in blocks]
@@ -119,7 +109,7 @@ def _fold_packed(blocks: list[Softmax], stored: Stored, i: int, seen: _Seen) -> 
     for start in range(0, max(limits), tile):
         stop = min(start + tile, max(limits))
         visible = [b for b, limit in zip(blocks, limits, strict=True) if limit > start]
-        rows = stored.rows(i, start // layout.block_tokens, -(-stop // layout.block_tokens))
+        rows = stored.rows(0, start // layout.block_tokens, -(-stop // layout.block_tokens))
         # One tile after the other. Left to itself, MLX runs one chain of a block to its end and
         # keeps the scores of all tiles for the other.
         (rows,) = mx.depends([rows], [x for block in visible for x in (block.acc, block.l)])
@@ -138,25 +128,24 @@ def _fold_packed(blocks: list[Softmax], stored: Stored, i: int, seen: _Seen) -> 
                 mx.eval(waiting)
 
 
-def _fold_exact(block: Softmax, stored: Stored, i: int, seen: _Seen) -> None:
+def _fold_exact(block: Softmax, stored: Stored, seen: _Seen) -> None:
     """The exact keys that some query of a block sees, in one go: a few hundred."""
     start, stop = seen.limit(block.start), seen.first + block.stop
     stop = stop if seen.causal else seen.first + seen.tokens
     if start < stop:
-        first = stored.starts[i]
-        k, v = (x[:, :, start - first : stop - first] for x in stored.tail(i))
+        first = stored.starts[0]
+        k, v = (x[:, :, start - first : stop - first] for x in stored.tail(0))
         k, v = k.astype(mx.float32), v.astype(mx.float32)
         block.fold(k, v, *seen.exact(block, start, stop))
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """Which keys the queries of one sequence see."""
+    """Which keys the queries of the only sequence see."""
 
     stored: Stored
-    i: int
     tokens: int  # query tokens
-    mask: mx.array | str | None
+    mask: Mask
     heads: tuple[int, int]  # KV heads, query heads of each
 
     @property
@@ -166,18 +155,18 @@ class _Seen:
     @property
     def first(self) -> int:
         """Position of the first query."""
-        return self.stored.lengths[self.i] - self.tokens
+        return self.stored.lengths[0] - self.tokens
 
     def limit(self, query: int) -> int:
         """Where the exact keys of a query token begin."""
-        return self.stored.packed_limit(self.i, self.first + query)
+        return self.stored.packed_limit(0, self.first + query)
 
     def _limits(self, block: Softmax) -> mx.array:
         """(L, 1) `limit` of every query of a block."""
         stored = self.stored
         positions = mx.arange(self.first + block.start, self.first + block.stop)
         limits = first_exact(positions, stored.layout.block_tokens, stored.exact_tokens)
-        return mx.maximum(limits, stored.starts[self.i])[:, None]
+        return mx.maximum(limits, stored.starts[0])[:, None]
 
     def packed(self, block: Softmax, start: int, stop: int):
         """What `Softmax.fold` needs to know of packed keys at positions start .. stop."""

@@ -23,7 +23,7 @@ def adapt(model: nn.Module) -> dict[str, int]:
     if dialect is None:
         replaced["activations"] = activations.install(model)
         replaced["products"] = products.install(model)
-    if dialect is not None:
+    else:
         replaced["experts"] = experts.install(model)
     replaced["steps"] = steps.install(model)
     return replaced

@@ -97,19 +97,18 @@ def prefill_workspace(geometry: Geometry, tokens: int, value_bytes: int) -> int:
     recurrence (how much is measured, and held by a test). The work of the recurrence and of
     attention may overlap.
     """
-    g = geometry
+    g, on_cpu = geometry, value_bytes == 4  # float32 there, and no kernels
     rows = 4 * g.query_heads * tokens
     tiles = rows * (3 * KEY_TILE + 4 * g.head_dim)
-    if value_bytes == 2:  # a GPU; a CPU has float32, and no kernel
+    if not on_cpu:
         tiles = max(tiles, 2 * SPAN_BYTES + rows * 6 * g.head_dim)
     # MLX's own attention, which windows have: scores, their softmax, and a copy.
     window = max((layer.window for layer in g.layers if layer.kind == "window"), default=-tokens)
     attention = max(tiles, 3 * value_bytes * g.query_heads * tokens * (tokens + window))
     recurrence = 4 * (tokens * g.recurrence + g.recurrence_chunk)
     # An exponential on a CPU goes through three arrays of its own (`attention/exponential.py`).
-    feed_forward = (
-        value_bytes * tokens * (4 * g.hidden + (6 if value_bytes == 4 else 3) * g.feed_forward)
-    )
+    gated = 6 if on_cpu else 3
+    feed_forward = value_bytes * tokens * (4 * g.hidden + gated * g.feed_forward)
     # The step's keys and values are exact until its last block is packed.
     exact = value_bytes * tokens * sum(layer.token_values for layer in g.softmax)
     return attention + recurrence + feed_forward + exact + SLACK

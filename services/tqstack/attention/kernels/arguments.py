@@ -5,13 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
+from tqstack.attention.sequences import Mask, four_axes
 from tqstack.turboquant.lloyd import LloydCodec
 from tqstack.turboquant.rotation import RandomHadamard
 from tqstack.turboquant.trellis import TrellisCodec
+
+if TYPE_CHECKING:
+    from tqstack.attention.blocks import Stored
 
 ScalarCodec = LloydCodec | TrellisCodec  # a plane of codes, a plane of scales
 
@@ -95,6 +100,12 @@ def slab_arguments(slabs: int) -> int:
     return power_of_two(max(1, slabs))
 
 
+def slabs_of(stored: Stored) -> tuple[mx.array, ...]:
+    """As many as a program takes."""
+    slabs = stored.slabs or (NO_SLAB,)
+    return slabs + (slabs[-1],) * (slab_arguments(len(slabs)) - len(slabs))
+
+
 def power_of_two(n: int) -> int:
     """The next one, n or more."""
     return 1 << max(0, n - 1).bit_length()
@@ -108,15 +119,42 @@ def extents_of(starts: Sequence[int], lengths: Sequence[int]) -> mx.array:
 
 
 @lru_cache(maxsize=64)
-def call_of(*integers: int, scale: float) -> mx.array:
-    """`struct Call`; the layers of a model share it."""
+def integers(*numbers: int) -> mx.array:
+    """A struct of them, as a kernel's input: a constant, also in compiled steps."""
+    return mx.array([*map(int, numbers), *[0] * (8 - len(numbers))], dtype=mx.int32)
+
+
+def call_for(
+    queries: mx.array, stored: Stored, sizes: Sequence[int], mask: Mask, window: int, scale: float
+) -> mx.array:
+    """`struct Call` of an attention; sizes: its `capacity` to `share`."""
+    B, heads, L, _ = queries.shape
+    kv_heads = stored.layout.kv_heads
+    return _call(
+        *(B, kv_heads, *sizes, heads // kv_heads * L, L, stored.exact_tokens),
+        *(int(isinstance(mask, str)), window, *strides_of(array_mask(mask))),
+        scale=float(scale),
+    )
+
+
+@lru_cache(maxsize=64)
+def _call(*integers: int, scale: float) -> mx.array:
+    """The layers of a model share it."""
     bits = np.array([scale], dtype=np.float32).view(np.int32)
     return mx.array(np.concatenate([np.array(integers, dtype=np.int32), bits]))
 
 
-def four_axes(mask: mx.array) -> mx.array:
-    mask = mask.reshape(*([1] * (4 - mask.ndim)), *mask.shape)
+def array_mask(mask: Mask) -> mx.array | None:
+    """A mask that is an array, bool or float32, with four axes."""
+    if not isinstance(mask, mx.array):
+        return None
+    mask = four_axes(mask)
     return mask if mask.dtype == mx.bool_ else mask.astype(mx.float32)
+
+
+def or_unused(x: mx.array | None) -> mx.array:
+    """As a kernel's input."""
+    return UNUSED if x is None else at_least_8(x)
 
 
 def strides_of(mask: mx.array | None) -> list[int]:

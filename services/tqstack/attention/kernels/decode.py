@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from tqstack.attention.kernels.arguments import (
-    NO_SLAB,
     UNUSED,
     SameObject,
     ScalarCodec,
-    at_least_8,
-    call_of,
+    array_mask,
+    call_for,
     code_table,
     constants,
     extents_of,
-    four_axes,
     hadamard_signs,
-    slab_arguments,
-    strides_of,
+    or_unused,
+    slabs_of,
     table_of_blocks,
 )
 from tqstack.attention.kernels.program import Program
@@ -145,7 +143,7 @@ def decode_attention(
     Takes the same arguments, with stacked tails, and `window`: how many tokens up to and including
     its own a query sees; 0 for all.
     """
-    B, heads, L, _ = queries.shape
+    _, heads, L, _ = queries.shape
     layout = stored.layout
     rows = heads // layout.kv_heads * L
     slots = stored.tail_keys.shape[2]  # pyright: ignore[reportAttributeAccessIssue]
@@ -155,24 +153,17 @@ def decode_attention(
         for i, length in enumerate(stored.lengths)
     )
     share, splits = _division(packed, layout.kv_heads * -(-rows // COLUMNS), exact_splits)
-    slabs = stored.slabs or (NO_SLAB,)
-    slabs += (slabs[-1],) * (slab_arguments(len(slabs)) - len(slabs))
     table = table_of_blocks(*map(SameObject, stored.tables))
-    array_mask = None if mask is None or isinstance(mask, str) else four_axes(mask)
-    call = call_of(
-        *(B, layout.kv_heads, table.shape[1], slots, exact_splits, splits, share, rows, L),
-        *(stored.exact_tokens, int(isinstance(mask, str)), window, *strides_of(array_mask)),
-        scale=float(scale),
-    )
-    variant = (array_mask is not None, sinks is not None, exact_splits + splits)
+    sizes = (table.shape[1], slots, exact_splits, splits, share)
+    variant = (isinstance(mask, mx.array), sinks is not None, exact_splits + splits)
     launch = _launch(layout.key_codec, layout.value_codec, layout.block_tokens, *variant)
     return launch(
         queries,
-        slabs,
+        slabs_of(stored),
         (table, extents_of(stored.starts, stored.lengths), stored.tail_keys, stored.tail_values),
-        call,
-        UNUSED if array_mask is None else at_least_8(array_mask),
-        UNUSED if sinks is None else at_least_8(sinks.astype(mx.float32)),
+        call_for(queries, stored, sizes, mask, window, scale),
+        or_unused(array_mask(mask)),
+        or_unused(sinks if sinks is None else sinks.astype(mx.float32)),
     )
 
 

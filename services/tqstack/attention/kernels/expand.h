@@ -62,12 +62,7 @@ FN void expand(const LOCAL Slabs<SLABS>& slabs, IN(int) table, IN(word) key_entr
   K::vectors(block, own * K::L::ROW_BYTES, key_scale, BLOCK, memory, keys + first * (DK / 2), tid);
   V::vectors(block, value_codes + own * V::L::ROW_BYTES, value_scale, BLOCK, value_table,
              values + first * (DV / 2), tid);
-  for (int token = tid; token < BLOCK; token += THREADS) {
-    const float value_size = V::size(value_scale + token * VG);
-    OUT(float) out = sizes + (first + token) * SIZES;
-    out[0] = K::size(key_scale + token * KG);
-    out[1] = fast_log2(value_size);
-    out[2] = 1 / value_size;
-    out[3] = 0;
-  }
+  for (int token = tid; token < BLOCK; token += THREADS)
+    write_sizes(sizes + (first + token) * SIZES, K::size(key_scale + token * KG),
+                V::size(value_scale + token * VG));
 }

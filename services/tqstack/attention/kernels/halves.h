@@ -71,7 +71,5 @@ FN void tail_halves(IN(T) tail_keys, IN(T) tail_values, IN(HalvesCall) call, OUT
   OUT(half_t) value = values + size_t(index) * DV;
   const float key_size = write_halves<DK, false>(k, lane, key, key);
   const float value_size = write_halves<DV, false>(v, lane, value, value);
-  if (lane != 0) return;
-  OUT(float) out = sizes + size_t(index) * SIZES;
-  out[0] = key_size, out[1] = fast_log2(value_size), out[2] = 1 / value_size, out[3] = 0;
+  if (lane == 0) write_sizes(sizes + size_t(index) * SIZES, key_size, value_size);
 }

@@ -3,30 +3,29 @@ rows read them there. The launches of `halves.h`, `expand.h`, `flash.h` and `mer
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from tqstack.attention.kernels.arguments import (
-    NO_SLAB,
     UNUSED,
     SameObject,
-    at_least_8,
-    call_of,
+    array_mask,
+    call_for,
     code_table,
     constants,
     extents_of,
-    four_axes,
     hadamard_signs,
+    integers,
+    or_unused,
     serves,
-    slab_arguments,
-    strides_of,
+    slabs_of,
     table_of_blocks,
 )
 from tqstack.attention.kernels.decode import COLUMNS, MERGERS, THREADS, merged
 from tqstack.attention.kernels.program import Program, backend
+from tqstack.attention.sequences import one_by_one
 
 if TYPE_CHECKING:
     from tqstack.attention.blocks import BlockLayout, Stored
@@ -36,7 +35,7 @@ SPAN_BYTES = 64 << 20  # of halves that exist at a time
 BLOCKS = 264  # of threads, that run side by side
 KEYS_PER_BLOCK = 256  # at least, where rows are too few to fill a GPU
 MAX_DIM = 256  # whose sums fit in the registers of a warp
-WARPS = 4
+WARPS = THREADS // 32
 
 _HEADERS = ("hadamard.h", "stored.h")
 
@@ -145,7 +144,9 @@ def prefill_attention(
     while the next ones are made, and float32 sums of all query rows, twice.
     """
     if any(count != queries.shape[2] for count in stored.counts):
-        return _one_by_one(queries, stored, scale=scale, mask=mask, sinks=sinks, window=window)
+        options = {"scale": scale, "sinks": sinks, "window": window}
+        attend = lambda q, alone, own: prefill_attention(q, alone, mask=own, **options)  # noqa: E731
+        return one_by_one(attend, queries, stored, mask)
     B, heads, L, _ = queries.shape
     layout = stored.layout
     kv_heads, rows = layout.kv_heads, heads // layout.kv_heads * L
@@ -155,25 +156,26 @@ def prefill_attention(
     share, splits = _division(spans[0][1], tiles)
     tail = _tail_halves(stored)
     table = table_of_blocks(*map(SameObject, stored.tables))
-    array_mask = None if mask is None or isinstance(mask, str) else four_axes(mask)
-    call = call_of(
-        *(B, kv_heads, table.shape[1], tail[0].shape[1], 1, splits, share, rows, L),
-        *(stored.exact_tokens, int(isinstance(mask, str)), window, *strides_of(array_mask)),
-        scale=float(scale),
-    )
+    sizes = (table.shape[1], tail[0].shape[1], 1, splits, share)
+    call = call_for(queries, stored, sizes, mask, window, scale)
     rows_as_halves, low = _query_halves(queries, kv_heads, codecs[0]), _needs_low(queries)
     same = [
         *(*tail, *rows_as_halves, extents_of(stored.starts, stored.lengths)),
-        UNUSED if array_mask is None else at_least_8(array_mask),
+        or_unused(array_mask(mask)),
     ]
     dims = {"DK": codecs[0].dim, "DV": codecs[1].dim}
-    constant = {**dims, "LOW": low, "MASKED": array_mask is not None, "BLOCK": layout.block_tokens}
+    constant = {
+        **dims,
+        "LOW": low,
+        "MASKED": isinstance(mask, mx.array),
+        "BLOCK": layout.block_tokens,
+    }
     program = flash_program(_shared_words(dims["DK"], dims["DV"], low))
     groups, padded = B * kv_heads * -(-rows // COLUMNS), tiles // (B * kv_heads) * rows_of_block()
     sums = [UNUSED, UNUSED]
     for start, tokens in spans:
         goes_on, last = (start, tokens) != spans[0], (start, tokens) == spans[-1]
-        span = _integers(start, tokens, padded, goes_on, last)
+        span = integers(start, tokens, padded, goes_on, last)
         halves = [_NO_HALVES, _NO_HALVES, UNUSED]
         if tokens:
             after = mx.depends([table], sums) if goes_on else [table]
@@ -193,39 +195,11 @@ def prefill_attention(
             # MLX holds what it has queued: two spans are enough to keep a GPU busy.
             mx.async_eval(sums)
             mx.eval(before)
-    given = UNUSED if sinks is None else at_least_8(sinks.astype(mx.float32))
+    given = or_unused(sinks if sinks is None else sinks.astype(mx.float32))
     signs = hadamard_signs(codecs[1])
     parts, stats = sums
     values = codecs[1], signs
     return merged(parts, stats, call, queries, *values, kv_heads, given, sinks is not None)
-
-
-def _one_by_one(queries: mx.array, stored: Stored, *, mask: Any, **options: Any) -> mx.array:
-    """Right-padded prompts of different lengths: padding gets 0."""
-    outputs, L = [], queries.shape[2]
-    for i, count in enumerate(stored.counts):
-        shape = (1, queries.shape[1], L - count, stored.layout.value_codec.dim)
-        padding = mx.zeros(shape, queries.dtype)
-        if not count:
-            outputs.append(padding)
-            continue
-        own = four_axes(mask) if isinstance(mask, mx.array) else mask
-        if isinstance(own, mx.array):
-            own = own[min(i, own.shape[0] - 1) :][:1]
-            own = own[:, :, :count] if own.shape[2] > 1 else own
-        keys, values = stored.tail(i)
-        alone = replace(
-            stored,
-            tables=(stored.tables[i],),
-            tail_keys=keys,
-            tail_values=values,
-            starts=(stored.starts[i],),
-            lengths=(stored.lengths[i],),
-            counts=(count,),
-        )
-        out = prefill_attention(queries[i : i + 1, :, :count], alone, mask=own, **options)
-        outputs.append(mx.concatenate([out, padding], axis=2))
-    return mx.concatenate(outputs)
 
 
 def rows_of_block() -> int:
@@ -257,12 +231,6 @@ def _division(tokens: int, tiles: int) -> tuple[int, int]:
     return share, -(-tokens // share)
 
 
-@lru_cache(maxsize=64)
-def _integers(*numbers: int) -> mx.array:
-    """As a kernel's input: a count, or `struct Span`."""
-    return at_least_8(mx.array([*map(int, numbers)]))
-
-
 _NO_HALVES = mx.array([0.0] * 8, dtype=mx.float16)
 
 
@@ -283,7 +251,7 @@ def _query_halves(queries: mx.array, kv_heads: int, codec: Any) -> list[mx.array
     return QUERIES(
         [
             *(queries, queries if signs is not None else codec.rotate(queries)),
-            *(UNUSED if signs is None else signs, _integers(vectors, padded, B * kv_heads)),
+            *(UNUSED if signs is None else signs, integers(vectors, padded, B * kv_heads)),
         ],
         template={"D": D, "ROTATE": signs is not None, "LOW": low},
         blocks=(-(-rows // WARPS), 1, 1),
@@ -305,7 +273,7 @@ def _tail_halves(stored: Stored) -> list[mx.array]:
     padded, heads = -(-vectors // KEYS) * KEYS, B * kv_heads
     dims = {"DK": keys.shape[-1], "DV": values.shape[-1]}
     return TAIL(
-        [keys, values, _integers(vectors, padded, heads)],
+        [keys, values, integers(vectors, padded, heads)],
         template=dims,
         blocks=(-(-heads * padded // WARPS), 1, 1),
         threads=THREADS,
@@ -335,8 +303,7 @@ def _expanded(
 ) -> list[mx.array]:
     """A span's keys and values as halves (B, KV heads, tokens, d), and `SIZES` of each token."""
     layout, B = stored.layout, len(stored.lengths)
-    slabs = stored.slabs or (NO_SLAB,)
-    slabs += (slabs[-1],) * (slab_arguments(len(slabs)) - len(slabs))
+    slabs = slabs_of(stored)
     codecs: tuple[Any, Any] = layout.key_codec, layout.value_codec
     shape = (B, layout.kv_heads, tokens)
     return expand_program(len(slabs))(

@@ -31,6 +31,9 @@ struct Span {
   int exact;        // whether the exact keys are in this launch
 };
 CONST int SIZES = 4;  // of a token: its key's size, its value's log2, and that inverted
+FN void write_sizes(OUT(float) out, float key, float value) {
+  out[0] = key, out[1] = fast_log2(value), out[2] = 1 / value, out[3] = 0;
+}
 
 // A sequence: the positions where its tail begins and where it ends.
 struct Extent {

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-from tqstack.attention.kernels.arguments import at_least_8
+from tqstack.attention.kernels.arguments import integers
 from tqstack.attention.kernels.program import Program, backend
 from tqstack.attention.kernels.trust import check, distance, random, trusted
 
@@ -60,7 +60,7 @@ def sorted_products(
             scales,
             biases,
             indices.astype(mx.uint32),
-            _sizes(rows, inputs, outputs, sharers),
+            integers(rows, inputs, outputs, sharers),
         ],
         template={"BITS": bits, "GROUP": group_size},
         blocks=(columns, tiles, sharers),
@@ -68,11 +68,6 @@ def sorted_products(
         outputs=[((rows, 1, outputs), x.dtype)],
     )
     return y
-
-
-@lru_cache(maxsize=64)
-def _sizes(*sizes: int) -> mx.array:
-    return at_least_8(mx.array(sizes, dtype=mx.int32))
 
 
 class Experts(QuantizedSwitchLinear):

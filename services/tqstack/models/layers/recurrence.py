@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 
 import mlx.core as mx
 
+from tqstack.attention.kernels.arguments import integers
 from tqstack.attention.kernels.program import Program
 
 THREADS = 128
@@ -54,7 +54,7 @@ def recurrence(
             dt_bias,
             _UNMASKED if mask is None else mask,
             state,
-            _call(T, Hk, Hv),
+            integers(T, Hk, Hv),
         ],
         template={"DK": Dk, "DV": Dv, "LANES": LANES, "MASKED": mask is not None},
         blocks=(-(-Dv * LANES // THREADS), B * Hv, 1),
@@ -65,8 +65,3 @@ def recurrence(
 
 
 _UNMASKED = mx.ones(1, dtype=mx.bool_)
-
-
-@lru_cache(maxsize=64)
-def _call(*sizes: int) -> mx.array:
-    return mx.array(sizes, dtype=mx.int32)
