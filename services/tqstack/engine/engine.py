@@ -14,15 +14,13 @@ from typing import Any
 import mlx.core as mx
 
 from tqstack.engine.grammar import Grammar
-from tqstack.engine.jobs import Event, Failed, Job, JobError
+from tqstack.engine.jobs import Deliver, Failed, Job, JobError
 from tqstack.engine.lifecycle import Lifecycle
 from tqstack.engine.worker import TOTALS, Worker
 from tqstack.models.planning import Facts
 from tqstack.models.runtime import Runtime
 
 log = logging.getLogger(__name__)
-
-Deliver = Callable[[Event], None]  # called in the engine's thread; must not block
 
 
 class LoadError(Exception):

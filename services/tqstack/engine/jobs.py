@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -106,3 +106,4 @@ class Removed:
 
 
 Event = Progress | Measured | Token | Failed | Removed
+Deliver = Callable[[Event], None]  # called in the engine's thread; must not block

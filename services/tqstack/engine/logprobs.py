@@ -20,7 +20,7 @@ class Logprob:
 
 
 @dataclass(frozen=True)
-class Measured:
+class DeviceLogprobs:
     """Of n tokens, on the device: (n,), (n, k) and (n, k)."""
 
     values: mx.array
@@ -42,18 +42,18 @@ class Measured:
         return Logprob(token, float(values[i]), tuple(best))
 
 
-def measure(logits: mx.array, tokens: mx.array, top: int) -> Measured:
+def measure(logits: mx.array, tokens: mx.array, top: int) -> DeviceLogprobs:
     """(n, vocabulary) logits and the n tokens that came."""
     logits = logits.astype(mx.float32)
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     values = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
     if not top:
         none = mx.zeros((len(tokens), 0))
-        return Measured(values, none.astype(mx.uint32), none)
+        return DeviceLogprobs(values, none.astype(mx.uint32), none)
     ids = mx.argpartition(-logprobs, kth=top - 1, axis=-1)[:, :top]
     tops = mx.take_along_axis(logprobs, ids, axis=-1)
     order = mx.argsort(-tops, axis=-1)
-    return Measured(
+    return DeviceLogprobs(
         values,
         mx.take_along_axis(ids, order, axis=-1),
         mx.take_along_axis(tops, order, axis=-1),

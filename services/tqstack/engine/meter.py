@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from tqstack.engine import caches
 from tqstack.engine.budget import Budget
 from tqstack.engine.forks import Fork
 from tqstack.engine.grammar import Form
-from tqstack.engine.jobs import Event, Job
+from tqstack.engine.jobs import Deliver, Job
 from tqstack.engine.prefixes import Prefixes
 from tqstack.engine.step import Model, Running
 from tqstack.models.plan import Plan
@@ -25,7 +25,7 @@ class Tracked:
     """A job, whom to tell, and how far it is. Times are of `time.perf_counter`."""
 
     job: Job
-    deliver: Callable[[Event], None]
+    deliver: Deliver
     ids: np.ndarray  # int32, of the prompt: comparing and hashing lists takes long
     form: Form | None = None
     fork: Fork | None = None

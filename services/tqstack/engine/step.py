@@ -61,7 +61,7 @@ class Told:
     """Log-probabilities of a step's tokens, and whose they are: in which row."""
 
     rows: dict[int, int]
-    measured: logprobs.Measured | None = None
+    measured: logprobs.DeviceLogprobs | None = None
 
     def of(self, running: Running, token: int) -> Logprob | None:
         row, top = self.rows.get(running.job.id), running.job.logprobs

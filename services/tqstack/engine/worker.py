@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +19,7 @@ from tqstack.engine.disk import DiskStore
 from tqstack.engine.drawing import Drawer
 from tqstack.engine.forks import Fork
 from tqstack.engine.grammar import Form, GrammarError, Grammars
-from tqstack.engine.jobs import Event, Failed, Job, JobError, Measured, Progress, Removed, Token
+from tqstack.engine.jobs import Deliver, Failed, Job, JobError, Measured, Progress, Removed, Token
 from tqstack.engine.meter import Meter, Tracked
 from tqstack.engine.places import APART, places
 from tqstack.engine.prefix import Node
@@ -31,7 +31,6 @@ from tqstack.models.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-Deliver = Callable[[Event], None]
 MEASURED_CHUNK = 32  # tokens whose logits are computed at once: a large vocabulary's take 1 MB each
 MEASURE_SECONDS = 0.5  # between two looks at what is held, while jobs run
 TOTALS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")

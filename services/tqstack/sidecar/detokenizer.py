@@ -110,9 +110,15 @@ def _byte_alphabet() -> dict[str, bytes]:
 _BYTES = _byte_alphabet()
 
 
+@lru_cache(1)
+def _text_of(tokenizer: TokenizerWrapper) -> Text:
+    """A decoder for single tokens: making one looks all added tokens up."""
+    return text_stream(tokenizer)
+
+
 def token_bytes(tokenizer: TokenizerWrapper, token: int) -> bytes:
     """What a token is by itself; part of a character, where the vocabulary has such."""
-    text = text_stream(tokenizer)
+    text = _text_of(tokenizer)
     if isinstance(text, ByteText):
         return text.bytes_of(token)
     return tokenizer.decode([token], clean_up_tokenization_spaces=False).encode()

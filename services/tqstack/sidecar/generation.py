@@ -8,9 +8,19 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tqstack.engine.engine import Deliver, Engine
+from tqstack.engine.engine import Engine
 from tqstack.engine.grammar import Grammar
-from tqstack.engine.jobs import Event, Failed, Job, JobError, Measured, Progress, Removed, Token
+from tqstack.engine.jobs import (
+    Deliver,
+    Event,
+    Failed,
+    Job,
+    JobError,
+    Measured,
+    Progress,
+    Removed,
+    Token,
+)
 from tqstack.models.runtime import Runtime
 from tqstack.openai_api.errors import ApiError, bad_request
 from tqstack.openai_api.schema import ChatRequest, TextRequest
