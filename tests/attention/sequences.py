@@ -10,6 +10,7 @@ from tqstack.attention.pool import Pool
 from tqstack.attention.table import Table
 
 HEADS, DIM = 2, 64
+CODECS = ["tq4", "tq3", "tcq2-l8", "none"]
 
 
 def random_tokens(rng, n, batch=1, heads=HEADS, dim=DIM):
@@ -42,6 +43,26 @@ def visible(cache, i=0):
         for store, x in zip(exact, part, strict=True):
             store[:, start:] = np.array(x[0, :, : length - start].astype(mx.float32), np.float64)
     return (*packed, *exact)
+
+
+def words(cache, i=0):
+    """The packed blocks of a sequence, bit for bit."""
+    ids = cache.tables[i].ids[: cache.packed[i]]
+    return np.array(cache.pool.read(cache.layer, ids)) if ids else None
+
+
+def same(a, b, i=0, j=0):
+    """Whether sequence i of one cache and j of another hold the same bits, as far as a later token
+    sees them."""
+    seen = a._exact_from(a.lengths[i])
+    return (
+        (a.lengths[i], a.packed[i]) == (b.lengths[j], b.packed[j])
+        and np.array_equal(words(a, i), words(b, j))
+        and all(
+            np.array_equal(x[:, seen:], y[:, seen:])
+            for x, y in zip(visible(a, i)[2:], visible(b, j)[2:], strict=True)
+        )
+    )
 
 
 def reference(queries, cache, scale, mask, sinks=None, i=0):

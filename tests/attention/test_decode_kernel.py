@@ -133,8 +133,8 @@ def every_key(stored, i):
     return [np.array(x, np.float64) for x in decoded]
 
 
-def check(queries, stored, options):
-    got = decode.decode_attention(queries, stored, **options)
+def check(queries, stored, options, attend=decode.decode_attention):
+    got = attend(queries, stored, **options)
     want = reference(queries, stored, **options)
     assert got.shape == want.shape and got.dtype == queries.dtype
     assert distance(got, want) < TOLERANCE

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import pytest
 
 from attention import cpp_kernels
+from attention import test_decode_kernel as decode_kernel
 from attention.cpp_kernels import both_layouts, in_cpp  # noqa: F401
-from attention.test_decode_kernel import case, distance, normal, reference
+from attention.test_decode_kernel import TOLERANCE, case, distance, normal, reference
 from tqstack.attention.kernels import prefill
 from tqstack.attention.tiled import tiled_attention
 
 pytestmark = pytest.mark.skipif(not cpp_kernels.COMPILER, reason="the C++ dialect needs g++")
-
-TOLERANCE = 5e-4
 
 
 @pytest.fixture(autouse=True)
@@ -26,12 +26,7 @@ def rows_of_metal(request, monkeypatch):
         monkeypatch.setattr(prefill, "rows_of_block", lambda: 32)
 
 
-def check(queries, stored, options):
-    got = prefill.prefill_attention(queries, stored, **options)
-    want = reference(queries, stored, **options)
-    assert got.shape == want.shape and got.dtype == queries.dtype
-    assert distance(got, want) < TOLERANCE
-    return got
+check = partial(decode_kernel.check, attend=prefill.prefill_attention)
 
 
 @both_layouts

@@ -5,25 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from starlette.testclient import TestClient
 
-from processes import wait_until
 from tqstack import demo_model
 from tqstack.openai_api import schema
-from tqstack.settings import Settings
 from tqstack.sidecar import defaults, refusals
-from tqstack.sidecar.app import create_app
 
 PROMPT = "import os\n\n\ndef main():\n"
 HELLO = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture(scope="module")
-def client():
-    app = create_app(Settings(sidecar_model="demo"))
-    with TestClient(app, base_url="http://127.0.0.1") as client:
-        wait_until(lambda: client.get("/health").status_code == 200, "the model is loaded")
-        yield client
 
 
 def complete(client, prompt=PROMPT, **fields):

@@ -7,11 +7,8 @@ import json
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from starlette.testclient import TestClient
 
-from processes import wait_until
-from tqstack.settings import Settings
-from tqstack.sidecar.app import create_app
+from sidecar.clients import demo_client
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
@@ -78,9 +75,7 @@ def requests(draw):
 
 @pytest.fixture(scope="module")
 def client():
-    app = create_app(Settings(sidecar_model="demo"))
-    with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
-        wait_until(lambda: client.get("/health").status_code == 200, "the model is loaded")
+    with demo_client(raise_server_exceptions=False) as client:
         yield client
 
 

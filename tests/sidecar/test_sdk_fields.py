@@ -12,16 +12,12 @@ from anthropic.types import message_create_params
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
-from starlette.testclient import TestClient
 
 from openai_api.test_fields import fields_of
-from processes import wait_until
 from tqstack.openai_api.errors import ApiError
 from tqstack.openai_api.fields import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 from tqstack.router.dialects.messages import Messages
 from tqstack.router.dialects.responses import Responses
-from tqstack.settings import Settings
-from tqstack.sidecar.app import create_app
 
 ASKED = [{"role": "user", "content": "hello"}]
 TOOL = {
@@ -38,14 +34,6 @@ TOOL = {
 }
 JSON = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["one"]}}}
 FORCED = {"type": "function", "function": {"name": "look"}}
-
-
-@pytest.fixture(scope="module")
-def client():
-    app = create_app(Settings(sidecar_model="demo"))
-    with TestClient(app, base_url="http://127.0.0.1") as client:
-        wait_until(lambda: client.get("/health").status_code == 200, "the model is loaded")
-        yield client
 
 
 def answered(client, path, body):
