@@ -27,7 +27,8 @@ def affords(
 ) -> bool:
     """Whether searching codes takes less than AFFORDABLE of a prompt's and of an answer's time.
 
-    Without a GPU it never does (0.2 ms a vector on a core: more than all the rest of a prompt).
+    Without a GPU it never does (0.08 ms a vector on a core: half as much again as all the rest of
+    a prompt).
 
     Args:
         new_cache: makes a cache of the model with a scalar code, which the search is beside.

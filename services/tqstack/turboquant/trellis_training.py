@@ -1,6 +1,7 @@
 """How the trellis codebooks in codebooks/ were made.
 
     python -m tqstack.turboquant.trellis_training 4 tcq4-l8.npy
+    python -m tqstack.turboquant.trellis_training 4 4-l10.npy --window 10 --rounds 800 --vectors 4096
 
 Generalised Lloyd on the trellis, on random directions and never on a model's keys or values: code
 random vectors, move each level to the mean of the values that chose it, repeat. Noise on the
@@ -15,13 +16,17 @@ import numpy as np
 
 from .viterbi import tail_biting_path
 
-_VECTORS, _BATCH, _DIM = 1280, 128, 256
+_BATCH, _DIM = 128, 256
 _INERTIA = 4.0  # counts that a level's old value is worth, so that rare levels move slowly
 _NOISE = {1: 0.5, 2: 0.35, 3: 0.2, 4: 0.08}  # standard deviations, at the start
 
 
-def train_codebook(bits: int, window: int, *, rounds: int = 400, seed: int = 0) -> np.ndarray:
+def train_codebook(
+    bits: int, window: int, *, rounds: int = 400, vectors: int = 1280, seed: int = 0
+) -> np.ndarray:
     """(2^L,) float16 levels for unit-variance coordinates, from Gaussian quantiles in random order.
+
+    vectors: that a round codes, at least a few thousand values for every level.
 
     Rounding differences between machines end up in the levels: the shipped files are the
     codebooks, this is their origin.
@@ -32,7 +37,7 @@ def train_codebook(bits: int, window: int, *, rounds: int = 400, seed: int = 0) 
     for i in range(rounds):
         noise = _NOISE[bits] * max(1 - i / (0.8 * rounds), 0)
         codebook += noise * rng.standard_normal(codebook.shape).astype(np.float32)
-        codebook = _lloyd_step(codebook, bits, rng)
+        codebook = _lloyd_step(codebook, bits, vectors, rng)
     return codebook.astype(np.float16)
 
 
@@ -43,9 +48,11 @@ def squared_error(codebook: np.ndarray, bits: int, *, seed: int = 0) -> float:
     return float(np.square(x - levels[tail_biting_path(x, levels, bits)]).mean())
 
 
-def _lloyd_step(codebook: np.ndarray, bits: int, rng: np.random.Generator) -> np.ndarray:
+def _lloyd_step(
+    codebook: np.ndarray, bits: int, vectors: int, rng: np.random.Generator
+) -> np.ndarray:
     count, total = np.full(len(codebook), _INERTIA), _INERTIA * codebook
-    for _ in range(0, _VECTORS, _BATCH):
+    for _ in range(0, vectors, _BATCH):
         x = _directions(rng, _BATCH)
         states = tail_biting_path(x, codebook, bits).ravel()
         count += np.bincount(states, minlength=len(codebook))
@@ -67,10 +74,18 @@ def main() -> None:
     parser.add_argument("output", help="file.npy")
     parser.add_argument("--window", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=400)
+    parser.add_argument("--vectors", type=int, default=1280)
     arguments = parser.parse_args()
     best = np.inf
     for seed in range(arguments.seeds):
-        codebook = train_codebook(arguments.bits, arguments.window, seed=seed)
+        codebook = train_codebook(
+            arguments.bits,
+            arguments.window,
+            rounds=arguments.rounds,
+            vectors=arguments.vectors,
+            seed=seed,
+        )
         error = squared_error(codebook, arguments.bits)
         print(f"{arguments.bits} bits, seed {seed}: squared error {error:.5f}", flush=True)
         if error < best:

