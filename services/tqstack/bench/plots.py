@@ -73,6 +73,27 @@ def quality(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def evaluate(rows: list[Any], path: Path) -> None:
+    """KL divergence over bits per weight, a point per model; the reference has none."""
+    figure, axis = _figure()
+    points = [row for row in rows if row.kl_divergence is not None]
+    for mark, line in (("o-", "mlx affine"), ("s", "")):
+        chosen = [row for row in points if row.model.startswith("mlx affine") == bool(line)]
+        chosen.sort(key=lambda row: row.bits_per_weight)
+        for row in chosen:
+            at = (row.bits_per_weight, max(row.kl_divergence, 1e-7))
+            axis.annotate(row.model, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axis.plot(
+            [row.bits_per_weight for row in chosen],
+            [max(row.kl_divergence, 1e-7) for row in chosen],
+            mark,
+        )
+    axis.set(xlabel="bits per weight in the coded layers", ylabel="KL divergence, nats per token")
+    axis.set_yscale("log")
+    axis.margins(x=0.18)
+    figure.savefig(path, dpi=150)
+
+
 def _line(row: dict[str, Any]) -> tuple[str, bool]:
     """(family, whether every token is coded at once): rows of one line."""
     return _family(row["codec"]), row["exact_tokens"] == 0

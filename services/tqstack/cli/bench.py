@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -175,10 +176,10 @@ def show(rows: Sequence[Any], columns: Mapping[str, Callable[[Any], str]]) -> No
     console.print(table)
 
 
-def write(output: Path | None, value: dict[str, Any]) -> None:
+def write(output: Path | None, value: dict[str, Any], told: Console = console) -> None:
     if output:
         output.write_text(json.dumps(value, indent=2) + "\n")
-        console.print(f"written: {output}")
+        told.print(f"written: {output}")
 
 
 @app.command()

@@ -40,20 +40,33 @@ def load_model(name: str, cache: CacheSpec | None = None, adapted: bool = True) 
         NotCompressedError, SettingsError: it has nothing that this cache could hold; told before it
             is loaded.
     """
-    _, path = resolve(name)
-    if not Path(path).is_dir():
-        hub.fetch(path)
+    fetched(name)
     spec = read_spec(name)
     if cache is not None:
         check_cache(spec, cache)
     model, tokenizer = load(spec.path)[:2]
     if this_machine().expands_weights:
-        model = dequantize_model(model)
-        model.update(tree_map(_as_float32, model.parameters()))
-        mx.eval(model.parameters())
+        expand(model)
     if adapted:
         adapt(model)
     return Loaded(spec, model, tokenizer)
+
+
+def fetched(name: str) -> Path:
+    """The folder of a model: "demo", a folder, or a hub name, downloaded if it is not here.
+
+    Raises:
+        ModelNotFoundError: there is no such model.
+    """
+    _, path = resolve(name)
+    return Path(path) if Path(path).is_dir() else hub.fetch(path)
+
+
+def expand(model: nn.Module) -> None:
+    """Make all of a model's weights plain float32 matrices, in place."""
+    dequantize_model(model)
+    model.update(tree_map(_as_float32, model.parameters()))
+    mx.eval(model.parameters())
 
 
 def _as_float32(weight: mx.array) -> mx.array:
