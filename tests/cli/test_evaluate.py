@@ -122,6 +122,9 @@ def test_bits_of_a_weight_count_its_scales_in_each_format():
     assert mixed.weights == 64 * 256
     tiles = {"a.weight": Tensor("U32", (4, 16, 24)), "a.scales": Tensor("F16", (64,))}
     assert stored(tiles, {"mode": "tqstack"}).bits_per_weight == 3 + 16 / 256
+    tiles |= {"a.residual.weight": Tensor("U32", (4, 16, 8))}
+    tiles |= {"a.residual.scales": Tensor("F16", (64,))}
+    assert stored(tiles, {"mode": "tqstack"}) == (64 * 256, 64 * 256 // 8 * 4 + 4 * 64)
     polar = {"a.weight": Tensor("U32", (64, 26)), "a.scales": Tensor("F16", (64, 4))}
     polar |= {"a.signs": Tensor("F16", (256,)), "a.codebook": Tensor("F16", (8,))}
     bits = 32 * 26 / 256 + 16 / 64 + (256 + 8) * 16 / (64 * 256)

@@ -211,7 +211,7 @@ def check_affine(name: str, bits: Sequence[int]) -> None:
     if wrong := [b for b in bits if b not in AFFINE_BITS]:
         allowed = ", ".join(map(str, AFFINE_BITS))
         raise ValueError(f"--affine {wrong[0]}: mlx has affine codes of {allowed} bits")
-    mode = read_spec(name).config.get("quantization", {}).get("mode")
+    mode = (read_spec(name).config.get("quantization") or {}).get("mode")
     if bits and mode in PACKED_MODES:
         raise ValueError(f"--affine needs a reference that is not compressed; {name} is ({mode})")
 
@@ -248,7 +248,7 @@ def _load(candidate: Candidate) -> tuple[nn.Module, Stored, int]:
     tensors = model_tensors(Path(spec.path))
     model = load_model(candidate.name, adapted=candidate.affine_bits is None).model
     if candidate.affine_bits is None:
-        size = stored(tensors, spec.config.get("quantization", {}))
+        size = stored(tensors, spec.config.get("quantization") or {})
         return model, size, sum(tensor.nbytes for tensor in tensors.values())
     size, nbytes = _quantize(model, candidate.affine_bits, _dtype(tensors))
     if this_machine().expands_weights:

@@ -34,7 +34,7 @@ def stored(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]) -> St
     """
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        path, _, part = name.rpartition(".")
+        path, _, part = name.replace(".residual.", ".residual-").rpartition(".")
         layers.setdefault(path, {})[part] = tensor
     coded = [
         Stored(weights, sum(tensor.nbytes for part, tensor in parts.items() if part != "bias"))
