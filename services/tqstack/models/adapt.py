@@ -5,7 +5,15 @@ from __future__ import annotations
 import mlx.nn as nn
 
 from tqstack.attention.kernels.program import backend
-from tqstack.models.layers import activations, convolution, experts, gated_delta, products, steps
+from tqstack.models.layers import (
+    activations,
+    convolution,
+    decoder,
+    experts,
+    gated_delta,
+    products,
+    steps,
+)
 
 
 def adapt(model: nn.Module) -> dict[str, int]:
@@ -24,6 +32,7 @@ def adapt(model: nn.Module) -> dict[str, int]:
         replaced["activations"] = activations.install(model)
         replaced["products"] = products.install(model)
     else:
+        replaced["layers"] = decoder.install(model)
         replaced["experts"] = experts.install(model)
     replaced["steps"] = steps.install(model)
     return replaced

@@ -124,6 +124,14 @@ def integers(*numbers: int) -> mx.array:
     return mx.array([*map(int, numbers), *[0] * (8 - len(numbers))], dtype=mx.int32)
 
 
+@lru_cache(maxsize=64, typed=True)
+def struct(*numbers: int | float) -> mx.array:
+    """A struct of 32-bit integers and floats, as a kernel's input: a constant, too."""
+    words = [np.array(n, np.float32 if isinstance(n, float) else np.int32) for n in numbers]
+    words += [np.array(0, np.int32)] * (8 - len(numbers))
+    return mx.array(np.array([word.view(np.int32) for word in words]))
+
+
 def call_for(
     queries: mx.array, stored: Stored, sizes: Sequence[int], mask: Mask, window: int, scale: float
 ) -> mx.array:

@@ -115,6 +115,14 @@ FN float shuffle(float x, int lane) {
   block.wait_warp();
   return other;
 }
+FN word shuffle_word(word x, int lane) {
+  Block& block = *Block::running();
+  block.me().factors[0] = x;
+  block.wait_warp();
+  word other = block.lane(lane).factors[0];
+  block.wait_warp();
+  return other;
+}
 FN float shuffle_xor(float x, int lanes) {
   return shuffle(x, (Block::running()->current % 32) ^ lanes);
 }
@@ -231,10 +239,15 @@ FN void read_values(IN(T) from, float (&to)[N]) {
   for (int i = 0; i < N; i++) to[i] = to_float(from[i]);
 }
 
+FN void write_values(OUT(float) to, const float (&from)[4]) { std::memcpy(to, from, 16); }
+
+FN float rope_cos(float x) { return std::cos(x); }
+FN float rope_sin(float x) { return std::sin(x); }
 FN bool is_finite(float x) { return std::isfinite(x); }
 using std::sqrt;
 FN float fmin(float a, float b) { return a < b ? a : b; }
 using std::exp;
+using std::exp2;
 using std::fabs;
 using std::log1p;
 FN int max(int a, int b) { return a > b ? a : b; }

@@ -64,8 +64,11 @@ FN word low_halves(word a, word b) { return __byte_perm(a, b, 0x5410); }
 FN word high_halves(word a, word b) { return __byte_perm(a, b, 0x7632); }
 
 FN float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+FN word shuffle_word(word x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 FN float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 FN void block_sync() { __syncthreads(); }
+FN float rope_cos(float x) { return cosf(x); }  // as MLX's own rope
+FN float rope_sin(float x) { return sinf(x); }
 FN float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -118,6 +121,11 @@ FN void read_values(IN(T) from, float (&to)[N]) {
       to[i] = to_float(*reinterpret_cast<T*>(&bits));
     }
   }
+}
+
+// 16 bytes at a time; `to` is a multiple of them.
+FN void write_values(OUT(float) to, const float (&from)[4]) {
+  *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
 }
 
 CONST int TABLE_COPIES = 32;  // a copy of a lookup table for every lane: no bank conflicts

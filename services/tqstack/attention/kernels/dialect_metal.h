@@ -67,8 +67,16 @@ FN float high_half(word pair) { return as_type<half2>(pair).y; }
 FN word low_halves(word a, word b) { return (a & 0xffff) | (b << 16); }
 FN word high_halves(word a, word b) { return (a >> 16) | (b & 0xffff0000); }
 
+FN float shuffle(float x, int lane) { return simd_shuffle(x, ushort(lane)); }
+FN word shuffle_word(word x, int lane) { return simd_shuffle(x, ushort(lane)); }
 FN float shuffle_xor(float x, int lanes) { return simd_shuffle_xor(x, ushort(lanes)); }
 FN void block_sync() { threadgroup_barrier(mem_flags::mem_threadgroup); }
+FN float log1p(float x) {  // to the digits of x, also where 1 + x has lost them
+  const float y = 1 + x;
+  return y == 1 ? x : x * (log(y) / (y - 1));
+}
+FN float rope_cos(float x) { return fast::cos(x); }  // as MLX's own rope
+FN float rope_sin(float x) { return fast::sin(x); }
 FN float fast_exp2(float x) { return fast::exp2(x); }
 FN float fast_log2(float x) { return fast::log2(x); }
 FN word funnel_shift(word low, word high, int bits) {
@@ -90,6 +98,10 @@ FN void read_words(IN(word) from, thread word (&to)[N]) {
 template <int N, typename T>
 FN void read_values(IN(T) from, thread float (&to)[N]) {
   UNROLL for (int i = 0; i < N; i++) to[i] = float(from[i]);
+}
+
+FN void write_values(OUT(float) to, const thread float (&from)[4]) {
+  UNROLL for (int i = 0; i < 4; i++) to[i] = from[i];
 }
 
 CONST int TABLE_COPIES = 1;  // threadgroup memory is 32 KB
@@ -124,5 +136,8 @@ FN void read_tile(P from, int stride, int lane, thread word (&to)[4]) {
 }
 
 FN void write_4(device word* to, const thread word (&from)[4]) {
+  UNROLL for (int i = 0; i < 4; i++) to[i] = from[i];
+}
+FN void write_4(threadgroup word* to, const thread word (&from)[4]) {
   UNROLL for (int i = 0; i < 4; i++) to[i] = from[i];
 }

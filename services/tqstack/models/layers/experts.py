@@ -86,7 +86,7 @@ class Experts(QuantizedSwitchLinear):
             self["weight"],
             self["scales"],
             self["biases"],
-            lhs_indices=_inputs(x.shape[:-2], indices.shape),
+            lhs_indices=inputs_of(x.shape[:-2], indices.shape),
             rhs_indices=indices,
             group_size=self.group_size,
             bits=self.bits,
@@ -132,7 +132,7 @@ def install(model: nn.Module) -> int:
 
 
 @lru_cache(maxsize=256)
-def _inputs(batch: tuple[int, ...], experts: tuple[int, ...]) -> mx.array:
+def inputs_of(batch: tuple[int, ...], experts: tuple[int, ...]) -> mx.array:
     """Which of the inputs (*batch,) each entry of `experts` reads."""
     index = np.arange(np.prod(batch, dtype=int), dtype=np.uint32).reshape(batch)
     return mx.array(np.ascontiguousarray(np.broadcast_to(index, experts)))

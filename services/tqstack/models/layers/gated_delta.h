@@ -10,6 +10,16 @@ struct DeltaCall {
   int tokens, key_heads, value_heads;
 };
 
+struct DeltaGates {
+  float decay, rate;  // g and beta
+};
+
+// a, b: what the layer's projections say; log_rate, offset: the head's own.
+FN DeltaGates delta_gates(float a, float b, float log_rate, float offset) {
+  const float x = a + offset, softplus = x > 20 ? x : log1p(exp(x));
+  return {exp(-exp(log_rate) * softplus), 1 / (1 + exp(-b))};
+}
+
 template <int DK, int DV, int LANES, bool MASKED, typename T, typename R, typename D>
 FN void gated_delta(IN(T) q, IN(T) k, IN(T) v, IN(T) a, IN(T) b, IN(R) log_rate, IN(D) bias,
                     IN(bool) mask, IN(float) state, IN(DeltaCall) call, OUT(T) y,
@@ -28,7 +38,7 @@ FN void gated_delta(IN(T) q, IN(T) k, IN(T) v, IN(T) a, IN(T) b, IN(R) log_rate,
   size_t value_at = (size_t(batch) * tokens * heads + head) * DV + safe_row;
   const size_t gate_at = size_t(batch) * tokens * heads + head;
   const size_t state_at = (size_t(batch_head) * DV + safe_row) * DK + part * N;
-  const float rate = exp(to_float(log_rate[head])), offset = to_float(bias[head]);
+  const float own_rate = to_float(log_rate[head]), offset = to_float(bias[head]);
 
   float s[N], next_k[N], next_q[N];
   read_values<N>(state + state_at, s);
@@ -39,10 +49,9 @@ FN void gated_delta(IN(T) q, IN(T) k, IN(T) v, IN(T) a, IN(T) b, IN(R) log_rate,
   for (int t = 0; t < tokens; t++) {
     if (t % 32 == 0) {  // every lane computes the gates of one of the next 32 tokens
       int at = t + lane < tokens ? t + lane : tokens - 1;
-      float x = to_float(a[gate_at + size_t(at) * heads]) + offset;
-      float softplus = x > 20 ? x : log1p(exp(x));
-      g_of_lane = exp(-rate * softplus);
-      beta_of_lane = 1 / (1 + exp(-to_float(b[gate_at + size_t(at) * heads])));
+      const size_t place = gate_at + size_t(at) * heads;
+      const DeltaGates gates = delta_gates(to_float(a[place]), to_float(b[place]), own_rate, offset);
+      g_of_lane = gates.decay, beta_of_lane = gates.rate;
       if (MASKED) {
         if (!mask[size_t(batch) * tokens + at]) g_of_lane = 1, beta_of_lane = 0;
       }
