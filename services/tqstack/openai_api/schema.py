@@ -152,6 +152,8 @@ class ChatRequest(_Request):
     continue_final_message: Flag | None = None
     logprobs: Flag | None = None
     top_logprobs: Alternatives | None = None
+    modalities: list[str] | None = None
+    verbosity: str | None = None
 
     @field_validator("tools")
     @classmethod

@@ -10,19 +10,24 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from tqstack.openai_api.describe import Bodies, describe
 from tqstack.openai_api.errors import ApiError
 from tqstack.openai_api.guard import Guard, cors_headers, preflight
 from tqstack.openai_api.handlers import add_error_handlers
 from tqstack.openai_api.schema import (
     ChatRequest,
+    DetokenizeRequest,
     EmbeddingRequest,
     Passing,
     PassingChat,
     PassingText,
+    TextRequest,
+    TokenizeRequest,
 )
 from tqstack.router import views
 from tqstack.router.backends import Backend
 from tqstack.router.client import Client
+from tqstack.router.dialects import messages, responses
 from tqstack.router.dialects.messages import Messages, TokenCount, message_tokens
 from tqstack.router.dialects.responses import InputTokens, Responses, input_tokens
 from tqstack.router.dialects.stored import ResponseStore
@@ -48,6 +53,18 @@ FORWARDED = [
     Endpoint("/tokenize", Passing, needs=frozenset({"tokenize"})),
     Endpoint("/detokenize", Passing, needs=frozenset({"tokenize"})),
 ]
+# What it tells of these bodies; where the sidecar's rules are told, Ollama may take more.
+_BODIES: Bodies = {
+    "/v1/chat/completions": [ChatRequest],
+    "/v1/completions": [TextRequest],
+    "/v1/embeddings": [EmbeddingRequest],
+    "/v1/responses": responses.BODY,
+    "/v1/messages": messages.BODY,
+    "/v1/responses/input_tokens": responses.BODY,
+    "/v1/messages/count_tokens": messages.COUNT_BODY,
+    "/tokenize": [ChatRequest, TokenizeRequest],
+    "/detokenize": [DetokenizeRequest],
+}
 # The paths that the router answers by itself.
 VIEWS = [
     ("/", views.page),
@@ -115,6 +132,7 @@ def create_app(settings: Settings) -> RouterApp:
     )
     for path, endpoint in VIEWS:
         app.add_api_route(path, endpoint, methods=["GET"])
+    describe(app, _BODIES)
     add_error_handlers(app, [endpoint.path for endpoint in FORWARDED])
     return app
 

@@ -18,6 +18,7 @@ from tqstack.models.runtime import Runtime
 from tqstack.models.spec import resolve
 from tqstack.openai_api import sse
 from tqstack.openai_api.body import read_body
+from tqstack.openai_api.describe import Bodies, describe
 from tqstack.openai_api.errors import ApiError, bad_request
 from tqstack.openai_api.guard import Guard, Guarded
 from tqstack.openai_api.handlers import add_error_handlers
@@ -25,6 +26,7 @@ from tqstack.openai_api.schema import (
     ANY_MODEL,
     ChatRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     RequestType,
     TextRequest,
     TokenizeRequest,
@@ -50,6 +52,14 @@ CAPABILITIES = [
     "json_object",
     "json_schema",
 ]
+# What the bodies of POSTs may be.
+_BODIES: Bodies = {
+    "/v1/chat/completions": [ChatRequest],
+    "/v1/completions": [TextRequest],
+    "/v1/embeddings": [EmbeddingRequest],
+    "/tokenize": [ChatRequest, TokenizeRequest],
+    "/detokenize": [DetokenizeRequest],
+}
 
 
 class Sidecar:
@@ -109,8 +119,8 @@ class Sidecar:
         data = [model_card(facts.describe())] if facts else []
         return JSONResponse({"object": "list", "data": data})
 
-    async def model(self, request: Request) -> Response:
-        self._check_name(request.path_params["name"])
+    async def model(self, name: str) -> Response:
+        self._check_name(name)
         facts = self._engine.lifecycle.facts
         if facts is None:
             raise self._not_ready()
@@ -210,7 +220,7 @@ def create_app(
         yield
         await asyncio.to_thread(engine.close)
 
-    routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+    routes: list[tuple[str, str, Callable[..., Awaitable[Response]]]] = [
         ("POST", "/v1/chat/completions", sidecar.chat_completions),
         ("POST", "/v1/completions", sidecar.completions),
         ("POST", "/v1/embeddings", sidecar.embeddings),
@@ -224,6 +234,7 @@ def create_app(
     app = FastAPI(title="tqstack sidecar", lifespan=lifespan, docs_url=None, redoc_url=None)
     for method, path, endpoint in routes:
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
+    describe(app, _BODIES)
     add_error_handlers(app)
     hosts = settings.known_hosts(settings.sidecar_host)
     app.add_middleware(Guarded, guard=Guard(hosts, settings.tqstack_api_key))

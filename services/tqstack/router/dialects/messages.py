@@ -39,6 +39,33 @@ REFUSED = {
     "compaction": "nothing compacts a conversation here; the client can",
 }
 
+_BLOCKS = {
+    "type": "array",
+    "items": {"type": "object", "required": ["type"], "properties": {"type": {"type": "string"}}},
+}
+_SAID = {"anyOf": [{"type": "string"}, _BLOCKS]}
+_TURN = {"role": {"enum": ["user", "assistant", "system"]}, "content": _SAID}
+# A request's JSON schema, as far as its fields differ from chat's.
+BODY = {
+    "type": "object",
+    "required": ["messages", "max_tokens"],
+    "properties": {
+        "messages": {
+            "type": "array",
+            "minItems": 1,
+            "items": {"type": "object", "required": [*_TURN], "properties": _TURN},
+        },
+        "system": _SAID,
+        "model": {"type": "string"},
+        "stream": {"type": "boolean"},
+        "max_tokens": {"type": "integer", "minimum": 1},
+        "stop_sequences": {"type": "array", "items": {"type": "string"}},
+        "tools": {"type": "array", "items": {"type": "object", "required": ["name"]}},
+        "thinking": {"type": "object"},
+    },
+}
+COUNT_BODY = {**BODY, "required": ["messages"]}
+
 
 class Messages:
     """The dialect."""

@@ -51,6 +51,32 @@ REFUSED = {
     "multi_agent": "one model answers here; leave it out",
 }
 
+_ITEM = {
+    "type": "object",
+    "properties": {
+        "type": {"type": "string"},
+        "role": {"type": "string"},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
+    },
+}
+# A request's JSON schema, as far as its fields differ from chat's.
+BODY = {
+    "type": "object",
+    "required": ["input"],
+    "properties": {
+        "input": {"anyOf": [{"type": "string"}, {"type": "array", "items": _ITEM}]},
+        "instructions": {"type": ["string", "null"]},
+        "model": {"type": "string"},
+        "stream": {"type": "boolean"},
+        "tools": {"type": "array", "items": {"type": "object", "required": ["type"]}},
+        "max_output_tokens": {"type": "integer", "minimum": 1},
+        "include": {"type": "array", "items": {"type": "string"}},
+        "text": {"type": "object"},
+        "reasoning": {"type": "object"},
+        "previous_response_id": {"type": ["string", "null"]},
+    },
+}
+
 
 class Responses:
     """The dialect.
