@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,7 +13,7 @@ from tqstack.openai_api.fields import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Fi
 from tqstack.openai_api.schema import Passing
 
 # What the body of a POST may be: one of these models, or this JSON schema.
-Bodies = Mapping[str, Iterable[type[Passing]] | dict[str, Any]]
+Bodies = Mapping[str, list[type[Passing]] | dict[str, Any]]
 _REF = "#/components/schemas/{model}"
 _TEXT, _TEXT_OR_NULL = {"type": "string"}, {"type": ["string", "null"]}
 _TOLD = {"message": _TEXT, "type": _TEXT, "param": _TEXT_OR_NULL, "code": _TEXT_OR_NULL}
