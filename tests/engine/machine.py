@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from hypothesis import strategies as st
 
-from tqstack.engine.scheduler import Admission, Scheduler, Waiter
+from tqstack.engine.scheduler import EARNED, Admission, Scheduler, Waiter
 
 GAP = 0.5
 
@@ -54,6 +54,7 @@ class Machine:
         self.ended: list[int] = []
         self.cancelled: set[int] = set()
         self.decoded = 0.0  # seconds
+        self.unpaid = self.most_unpaid = 0.0  # seconds that were read while others decode
 
     def alone(self, job: int) -> bool:
         return self.jobs[job].nbytes <= self.nbytes
@@ -105,6 +106,8 @@ class Machine:
         seconds = count * self.pace
         self.chunks.append(Chunk(job, count, seconds))
         self.clock += seconds
+        self.unpaid = self.unpaid + seconds if self.decoding else 0.0
+        self.most_unpaid = max(self.most_unpaid, self.unpaid)
         self.read[job] += count
         assert self.scheduler.was_read(job, count, seconds).read == at + count
         if at + count == wanted.tokens:
@@ -113,6 +116,10 @@ class Machine:
     def _decode(self) -> None:
         self.clock += self.decode
         self.decoded += self.decode
+        wanted = self.scheduler.waits + len(self.held) - len(self.decoding)
+        reads = min(wanted, self.running - len(self.decoding))
+        paid = EARNED * max(1, reads / len(self.decoding)) * self.decode
+        self.unpaid = max(0.0, self.unpaid - paid)
         self.scheduler.decoded(self.decode)
         for job in list(self.decoding):
             self.decoding[job] += 1

@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.machine import GAP, Job, Machine, jobs, machines
-from tqstack.engine.scheduler import FIRST_CHUNK, SMALLEST_CHUNK, Scheduler, Step, Waiter
+from tqstack.engine.scheduler import (
+    EARNED,
+    FIRST_CHUNK,
+    LOAN,
+    SMALLEST_CHUNK,
+    Scheduler,
+    Step,
+    Waiter,
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -129,6 +137,7 @@ def test_gaps_are_bounded_and_sequences_get_their_share(pace, decode, chunk, oth
     (stream,) = machine.submit(Job(1_000, answer=1 << 40))
     machine.read_until_decoding(stream)
     (long,) = machine.submit(Job(8_000))
+    borrowed = (LOAN + 1) * GAP if others else 0.0
     began, decoded, first = machine.clock, machine.decoded, len(machine.chunks)
     while long not in machine.decoding:
         while others and others[0].at <= machine.clock - began:
@@ -137,8 +146,87 @@ def test_gaps_are_bounded_and_sequences_get_their_share(pace, decode, chunk, oth
     smallest = SMALLEST_CHUNK * pace
     chunks = machine.chunks[first:]
     assert all(chunk.seconds <= max(GAP, smallest) + 1e-9 for chunk in chunks)
-    paid = machine.clock - began - GAP - smallest  # the last ones are paid for afterwards
+    paid = machine.clock - began - GAP - smallest - borrowed  # these are paid for afterwards
     assert machine.decoded - decoded >= 0.4 * paid
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([1e-5, 1e-3]),
+    st.sampled_from([0.0001, 0.01, 0.9]),
+    st.lists(jobs(), max_size=8),
+    st.lists(st.integers(200, 480), min_size=8, max_size=15),
+)
+def test_what_reading_takes_from_sequences_is_bounded_and_paid_back(pace, decode, others, crowd):
+    machine = Machine(pace=pace, decode=decode, running=16)
+    machine.run([*others, *(Job(tokens, answer=50) for tokens in crowd)])
+    unknown = FIRST_CHUNK * machine.pace
+    assert machine.most_unpaid <= (LOAN + 2) * GAP + unknown + 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 8), st.floats(0.02, (LOAN + 1) * GAP), st.floats(0.001, 0.05))
+def test_prompts_that_come_together_are_all_read_before_the_first_has_made_more(
+    count, seconds, decode
+):
+    """As long as all but the first take no longer than reading may borrow, and each a gap."""
+    tokens = 400
+    pace = min(seconds / (count - 1), 0.99 * GAP) / tokens
+    machine = Machine(pace=pace, decode=decode, running=8)
+    machine.submit(Job(tokens))
+    machine.until(lambda: machine.idle)  # now its speed is known
+    numbers = machine.submit(*[Job(tokens, answer=1_000, stops=(tokens - 8,))] * count)
+    machine.until(lambda: machine.decoding.get(numbers[0], 0) > 2 * count)  # one for each chunk
+    assert len(machine.decoding) == count
+
+
+def beside_a_stream(**changes):
+    """A machine whose speed is known, with a sequence that decodes for ever."""
+    machine = Machine(running=16, **changes)
+    (stream,) = machine.submit(Job(400, answer=1 << 40))
+    machine.read_until_decoding(stream)
+    return machine, stream
+
+
+def test_a_prompt_that_comes_alone_borrows_nothing():
+    machine, stream = beside_a_stream()
+    (first,) = machine.submit(Job(450))
+    machine.until(lambda: first in machine.ended)
+    machine.submit(Job(400))
+    made, chunks = machine.decoding[stream], len(machine.chunks)
+    machine.until(lambda: len(machine.chunks) > chunks)
+    assert (machine.decoding[stream] - made) * machine.decode * EARNED >= 0.4 - GAP / 4
+
+
+def test_a_long_prompt_borrows_nothing_however_long_it_has_waited():
+    machine, _ = beside_a_stream()
+    machine.submit(Job(100, answer=400, nbytes=50))
+    machine.step()
+    (long,) = machine.submit(Job(2_000, nbytes=60))
+    machine.submit(*[Job(480, answer=2)] * 6)
+    machine.until(lambda: len(machine.ended) == 7)
+    assert long not in machine.held and machine.unpaid == 0.0
+    machine.most_unpaid = 0.0
+    machine.until(lambda: machine.read[long] > 1_000)
+    assert machine.most_unpaid <= GAP + SMALLEST_CHUNK * machine.pace
+
+
+def test_what_was_kept_wholly_decodes_at_once_while_others_pay_back():
+    machine, _ = beside_a_stream(decode=0.001)
+    machine.submit(*[Job(450)] * 6)
+    machine.until(lambda: not machine.scheduler.waits)
+    assert machine.unpaid > 2 * GAP
+    (kept,) = machine.submit(Job(8_000, kept=8_000))
+    came = machine.clock
+    machine.read_until_decoding(kept)
+    assert machine.clock - came <= 2 * GAP
+
+
+def test_a_prompt_that_fits_into_the_gap_is_read_whole():
+    machine, _ = beside_a_stream()
+    machine.submit(Job(450))
+    machine.step()
+    assert machine.chunks[-1].tokens == 450
 
 
 def test_a_gap_is_small_before_the_machines_speed_is_known():

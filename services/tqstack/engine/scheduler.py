@@ -7,7 +7,10 @@ so that a long one waits for about as much work as it is itself, and no longer.
 
 While sequences decode, reading has `gap` seconds at a time, for a long prompt's chunk or for
 several short prompts; when they are used up, the sequences get half as much again, or less if more
-prompts than sequences wait for theirs.
+prompts than sequences wait for theirs. Prompts that come together go on credit: one that waited
+while as much was read for others as it is itself, and that is read within a gap, is read at once,
+so that the batch is full before it has made many tokens. What was borrowed is paid back before
+anything else is read.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ SMALLEST_CHUNK = 32  # a step of fewer tokens costs as much
 ADMISSION = 256  # tokens by which one job more makes those age that were there before
 EARNED = 2 / 3  # seconds of reading for one of decoding: a stream keeps more than half its speed
 FIRST_CHUNK = 128  # beside others, before anything is known of this machine's speed
+LOAN = 2  # gaps that reading may borrow
 
 
 @dataclass(frozen=True)
@@ -154,9 +158,19 @@ class Scheduler:
         read = None
         # What need not be read is in nobody's way.
         waiter = min(self._reading.values(), key=lambda w: (w.left > 0, w.rank), default=None)
-        if waiter and (not self._spent or waiter.left * self._pace <= self._credit):
+        if waiter and (not self._spent or self._fits(waiter) or self._may_borrow(waiter)):
             read = waiter.job, self._chunk(waiter)
         return Step(refused, read, bool(self._decoding))
+
+    def _fits(self, waiter: Waiter) -> bool:
+        """Whether it takes no more of the time for reading than there is."""
+        return not waiter.left or waiter.left * self._pace <= self._credit
+
+    def _may_borrow(self, waiter: Waiter) -> bool:
+        """Whether it is its turn, though the time for reading is used up: as much was read for
+        others while it waited as it is itself, and it takes no longer than a gap."""
+        short = 0 < waiter.left * self._pace <= self.gap
+        return short and waiter.rank <= 0 and self._credit > -LOAN * self.gap
 
     def _admit(self) -> tuple[int, ...]:
         """Admit the job whose prompt goes first, if it is one that waits. Returns those that turn
@@ -197,9 +211,11 @@ class Scheduler:
         """Tokens of its next chunk: a full one, or what goes into the gap of those who wait."""
         most = waiter.chunk
         if self._decoding or self._queue or len(self._reading) > 1:
-            seconds = self._credit if self._decoding else self.gap
+            whole = not self._decoding or self._may_borrow(waiter)
+            seconds = self.gap if whole else self._credit
             fitting = int(seconds / self._pace) if self._pace else FIRST_CHUNK
-            most = min(most, _power_of_two(max(SMALLEST_CHUNK, fitting)))
+            if waiter.left > fitting:
+                most = min(most, _power_of_two(max(SMALLEST_CHUNK, fitting)))
         end = min(waiter.read + most, waiter.tokens)
         return min([end, *(stop for stop in waiter.stops if waiter.read < stop)]) - waiter.read
 
