@@ -20,8 +20,9 @@ template <int DK, int DV, int KB, int VB, int KW, int VW, int KG, int VG,
 struct Attend {
   typedef Layout<DK, KB, KW, KG, 4> K;
   typedef Layout<DV, VB, VW, VG, 8> V;
-  typedef Table<KB, KW, ONE_TABLE> KeyTable;
-  typedef Table<VB, VW, ONE_TABLE> ValueTable;
+  CONST int LARGE_TABLE = ONE_TABLE ? 8192 : 4096;  // words; 48 KB hold all of a block
+  typedef Table<KB, KW, LARGE_TABLE> KeyTable;
+  typedef Table<VB, VW, LARGE_TABLE> ValueTable;
   CONST int STEPS = K::SPAN / 4;  // products of 16 dimensions per group of a key
   CONST int PAIRS = V::SPAN / 2;  // products of 16 dimensions per group of a value
   // Shared memory: tables, and when they are done the merged sums; then queries; then sizes.

@@ -8,7 +8,7 @@ template <int D, int BITS, int WINDOW, int GROUPS, bool ALONE>
 struct Expand {
   CONST int GROUP_SPANS = D / GROUPS / 8;  // spans of 8 values
   typedef Layout<D, BITS, WINDOW, GROUPS, GROUP_SPANS> L;
-  typedef Table<BITS, WINDOW, ALONE> T;
+  typedef Table<BITS, WINDOW, ALONE ? 8192 : 4096> T;
 
   FN static float size(IN(half_t) scales) {
     float largest = LEAST;

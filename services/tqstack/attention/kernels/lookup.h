@@ -4,14 +4,13 @@
 
 // A table in shared memory gives a pair of halves per pair of scalar codes up to 4 bits (16
 // entries at 2 bits, 256 at 4), or else one value twice. Lanes read copies of their own, so that
-// they do not wait for each other's banks. ALONE: one table serves keys and values.
-template <int BITS, int WINDOW, bool ALONE>
+// they do not wait for each other's banks. LARGE: words that all copies may take.
+template <int BITS, int WINDOW, int LARGE>
 struct Table {
   CONST bool PAIRS = BITS <= 4 && WINDOW == 0;
   CONST int FIELD = PAIRS ? 2 * BITS : WINDOW ? WINDOW : BITS;
   CONST int STRIDE = PAIRS ? 2 * BITS : BITS;  // bits from a field to the next
   CONST int ENTRIES = 1 << FIELD;
-  CONST int LARGE = ALONE ? 8192 : 4096;  // words; 48 KB hold all of a block
   CONST int COPIES = ENTRIES * TABLE_COPIES > LARGE ? LARGE / ENTRIES : TABLE_COPIES;
   CONST int SHIFT = COPIES == 32 ? 7 : COPIES == 16 ? 6 : COPIES == 8 ? 5 : COPIES == 4 ? 4 : 2;
   CONST int WORDS = ENTRIES * COPIES;
@@ -19,7 +18,14 @@ struct Table {
 
 template <typename T, int THREADS>
 FN void fill_table(SHARED(word) table, IN(word) entries, int tid) {
-  UNROLL_8 for (int i = tid; i < T::WORDS; i += THREADS) table[i] = entries[i / T::COPIES];
+  if (T::COPIES % 4) {
+    UNROLL_8 for (int i = tid; i < T::WORDS; i += THREADS) table[i] = entries[i / T::COPIES];
+  } else {
+    UNROLL_8 for (int i = 4 * tid; i < T::WORDS; i += 4 * THREADS) {
+      const word entry = entries[i / T::COPIES], four[4] = {entry, entry, entry, entry};
+      write_4(table + i, four);
+    }
+  }
 }
 
 // Bits [at, at + FIELD) of a lane's words, as a byte offset into its copy of the table.
@@ -28,7 +34,7 @@ FN word table_offset(const LOCAL word (&words)[N], int at, word copy) {
   int first = at / 32, shift = at % 32;  // constants once the caller's loop is unrolled
   word x = words[first];
   if (shift + T::FIELD > 32) {
-    x = funnel_shift(x, words[first + 1], shift) << T::SHIFT;
+    x = funnel_shift(x, words[first + 1], shift - T::SHIFT);
   } else {
     x = shift > T::SHIFT ? x >> (shift - T::SHIFT) : x << (T::SHIFT - shift);
   }

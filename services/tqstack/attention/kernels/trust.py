@@ -22,7 +22,8 @@ from tqstack.attention.kernels.program import backend, fault
 from tqstack.machine import cache_folder
 
 TOLERANCE = 1e-3  # relative error of an output against the twin
-SOURCES = {"kernels", "layers", "attention", "turboquant"}  # folders of kernels and their twins
+# Folders of kernels and their twins.
+SOURCES = {"kernels", "layers", "attention", "turboquant", "weights"}
 _checks: dict[str, Callable[..., float]] = {}
 _found: dict[tuple[str, tuple[Any, ...]], str | None] = {}
 
