@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +21,19 @@ def views(sidecar="up", ollama="up", **sidecar_facts):
         "sidecar": View("sidecar", sidecar, **{**SIDECAR, **sidecar_facts}),
         "ollama": View("ollama", ollama, **OLLAMA),
     }
+
+
+FORCED = frozenset({"tool_choice"})
+
+
+def ignoring(sidecar="up"):
+    seen = views(sidecar)
+    return {**seen, "ollama": replace(seen["ollama"], ignores=FORCED)}
+
+
+def cutting(sidecar="up"):
+    models = {"llama3:latest": 1_000}
+    return {**views(sidecar), "ollama": View("ollama", "up", models, "llama3:latest", cuts=True)}
 
 
 def ask(model="auto", tokens=10, **facts):
@@ -68,6 +83,19 @@ def route(request, seen):
             ask(tokens=9000, needs=frozenset({"images"})),
             views(lacks=frozenset({"images"})),
             ("sidecar", "long-prompt", None, None),
+        ),
+        # What only one does is asked of that one, unless it is away or the other was named.
+        (ask(needs=FORCED), ignoring(), ("sidecar", "features", None, "ollama")),
+        (ask(needs=FORCED), ignoring("down"), ("ollama", "sidecar-down", "sidecar", None)),
+        (ask(needs=FORCED), ignoring("off"), ("ollama", "only-backend", None, None)),
+        (ask("local:", needs=FORCED), ignoring(), ("ollama", "prefix", None, "sidecar")),
+        # A prompt that may be cut goes where it is not.
+        (ask(tokens=900, slack=0.25), cutting(), ("sidecar", "context", None, None)),
+        (ask(tokens=850, slack=0.25), cutting(), ("ollama", "short-prompt", None, "sidecar")),
+        (
+            ask(tokens=900, slack=0.25),
+            cutting("off"),
+            ("ollama", "only-backend", None, None),
         ),
         # Titles and tags stay away from a sidecar that is at work.
         (ask(tokens=5000, background=True), views(), ("sidecar", "long-prompt", None, "ollama")),

@@ -45,3 +45,20 @@ def test_another_backend_may_still_hold_it():
         response = stack.chat(model="tq:", stream=True)
         assert response.headers["x-tqstack-fallback-from"] == "sidecar"
         assert "ollama" in response.text
+
+
+def test_a_prompt_that_ollama_s_own_server_finds_too_long_goes_to_the_sidecar():
+    said = "request (40020 tokens) exceeds the available context size (4096 tokens)"
+    inner = {"code": 400, "message": said, "type": "exceed_context_size_error", "n_ctx": 4096}
+    outer = {"message": json.dumps({"error": inner}), "type": "invalid_request_error", "code": None}
+    with Stack() as stack:
+        stack.ollama.script = answers(400, json.dumps({"error": outer}).encode())
+        response = stack.chat(stream=True)
+        assert response.headers["x-tqstack-fallback-from"] == "ollama"
+    with Stack(sidecar_enabled="0") as stack:
+        stack.ollama.script = answers(400, json.dumps({"error": outer}).encode())
+        error = stack.chat().json()["error"]
+        assert (error["code"], error["message"].split(" (there")[0]) == (
+            "context_length_exceeded",
+            said,
+        )

@@ -13,7 +13,7 @@ class Field(NamedTuple):
     """
     Attributes:
         sidecar: what it does with it.
-        ollama: what Ollama does, by the source of its `/v1` (0.25).
+        ollama: what Ollama's `/v1` does: 0.33 was asked (`tests/router/test_real_ollama.py`).
     """
 
     sidecar: str
@@ -46,7 +46,11 @@ _SAMPLING = {
 }
 _SCHEMA = "a JSON schema, forced; what cannot be forced is a 400 that says what"
 _FORMS = {
-    "response_format": Field("text, json_object, json_schema; forced from the reasoning's end on"),
+    "response_format": Field(
+        "text, json_object, json_schema; forced from the reasoning's end on",
+        "done; json_object is sent as a schema; a model that can think and has a template of "
+        "Ollama's own is not forced when it does not think",
+    ),
     "guided_json": Field(_SCHEMA, UNREAD),
     "json_schema": Field(f"{_SCHEMA} (llama.cpp's name)", UNREAD),
     "guided_regex": Field("forced", UNREAD),
@@ -84,10 +88,15 @@ CHAT: dict[str, Field] = {
     "function_call": Field("done", UNREAD),
     "logprobs": Field("done, of the content: the model's own, before sampling parameters"),
     "top_logprobs": Field("0 to 20"),
-    "reasoning_effort": Field("where the template has a switch; none closes the block"),
+    "reasoning_effort": Field(
+        "where the template has a switch; none closes the block",
+        "done; a 400 for a model that cannot think",
+    ),
     "chat_template_kwargs": Field("names that the template knows", UNREAD),
     "add_generation_prompt": ONLY_SIDECAR,
-    "continue_final_message": Field("done", "a last assistant message is always gone on with"),
+    "continue_final_message": Field(
+        "done", "a last assistant message is always gone on with, and may be repeated"
+    ),
     "modalities": Field("text", "not read"),
     "verbosity": Field("medium", UNREAD),
     "metadata": LABEL,
@@ -99,13 +108,13 @@ CHAT: dict[str, Field] = {
     "prompt_cache_retention": Field("a label: prompts are kept while there is room", "not read"),
 }
 COMPLETIONS: dict[str, Field] = {
-    "prompt": Field("a text, tokens, or a list of either", "one text"),
+    "prompt": Field("a text, tokens, or a list of either", "one text; a 400 for the others"),
     **_COMMON,
     "max_tokens": Field("done; 0 with `echo`: the prompt alone"),
     "response_format": Field("as chat's", UNREAD),
     "echo": ONLY_SIDECAR,
     "best_of": Field("done: the likeliest `n` by mean logprob; not streamed", UNREAD),
-    "logprobs": Field("0 to 20; with `echo` the prompt's too"),
+    "logprobs": Field("0 to 20; with `echo` the prompt's too", UNREAD),
 }
 RESPONSES: dict[str, Field] = {
     "input": Field(
@@ -119,9 +128,9 @@ RESPONSES: dict[str, Field] = {
     "top_p": DONE,
     "max_output_tokens": DONE,
     "max_tool_calls": Field("nothing to do: it limits tools that run at OpenAI", "not read"),
-    "parallel_tool_calls": Field("as chat's", "not read"),
+    "parallel_tool_calls": Field("as chat's", UNREAD),
     "tools": Field("function, custom, namespace, local_shell; others are left out"),
-    "tool_choice": Field("as chat's; `allowed_tools`: only those are sent", "not read"),
+    "tool_choice": Field("as chat's; `allowed_tools`: only those are sent", UNREAD),
     "text": Field("`format` as chat's `response_format`; `verbosity` medium"),
     "reasoning": Field("`effort` as chat's; a summary is the reasoning itself"),
     "include": Field(
@@ -152,10 +161,10 @@ MESSAGES: dict[str, Field] = {
     "max_tokens": DONE,
     "temperature": DONE,
     "top_p": DONE,
-    "top_k": DONE,
+    "top_k": Field("done", UNREAD),
     "stop_sequences": DONE,
     "tools": Field("those with an `input_schema`; others are left out"),
-    "tool_choice": Field("as chat's, with `disable_parallel_tool_use`"),
+    "tool_choice": Field("as chat's, with `disable_parallel_tool_use`", UNREAD),
     "thinking": Field("disabled: no reasoning; a budget is an effort"),
     "output_config": Field("`format` as chat's `response_format`; `effort` as `reasoning_effort`"),
     "cache_control": Field("nothing to do: every prompt is kept"),

@@ -23,10 +23,14 @@ KEEP_SECONDS = 30.0  # how long a good probe is believed
 PROBE_SECONDS = 2.0
 # Pauses between probes of a backend that is not up: soon at first.
 RETRY_SECONDS = (0.25, 0.5, 1.0, 2.0)
-_CHAT_ONLY = ("/v1/responses", "/v1/messages")  # the sidecar: translation is the router's work
+_CHAT_ONLY = ("/v1/responses", "/v1/messages")  # sidecar, Ollama: translated by the router
 # What the sidecar cannot do, unless its `/health` lists it under `capabilities`.
 _SIDECAR_LACKS = frozenset({"embeddings", "images", "logprobs", "json_object", "json_schema"})
-_OLLAMA_LACKS = frozenset({"tokenize"})
+# What Ollama (0.33) refuses, and what it reads over; another server in its place may do it.
+_OLLAMA_LACKS = frozenset({"tokenize", "prompts"})
+_OLLAMA_IGNORES = frozenset(
+    {"guided", "tool_choice", "choices", "echo", "logit_bias", "text_logprobs"}
+)
 _TOKENIZE = "/tokenize"  # vLLM's, and the sidecar's
 _TOKENIZE_SECONDS = 10.0
 _LARGEST_PROBE = 8 << 20
@@ -95,8 +99,12 @@ class Backend:
         self._contexts = Contexts(self._fetch) if name == "ollama" else None
 
     def speaks(self, path: str) -> bool:
-        """Whether it takes this path itself, as far as is known."""
-        return path not in self._unspoken
+        """Whether it takes this path itself, as far as is known.
+
+        Ollama takes them all, but drops namespaces of tools, fails on custom ones, and reads over
+        tool_choice and forms in Messages: what is translated here loses less.
+        """
+        return path not in self._unspoken and not (path in _CHAT_ONLY and self.is_ollama)
 
     def does_not_speak(self, path: str) -> None:
         self._unspoken.add(path)
@@ -126,12 +134,12 @@ class Backend:
         facts = self.health.report.get("model")
         if isinstance(facts, dict) and isinstance(facts.get("context_length"), int):
             models[own] = facts["context_length"]
-        lacks = frozenset()
+        lacks = ignores = frozenset()
         if self.name == "sidecar":
             lacks = _SIDECAR_LACKS - set(self.health.report.get("capabilities") or ())
         elif self.is_ollama:
-            lacks = _OLLAMA_LACKS
-        return View(self.name, state, models, own, busy, lacks)
+            lacks, ignores = _OLLAMA_LACKS, _OLLAMA_IGNORES
+        return View(self.name, state, models, own, busy, lacks, ignores, cuts=self.is_ollama)
 
     @property
     def architecture(self) -> str | None:
@@ -338,7 +346,8 @@ class Backend:
                 self.breaker.succeeded()
                 if self._contexts:
                     self._unspoken.clear()
-                    self._contexts.restart()
+            elif self._contexts and health.state == "down":
+                self._contexts.restart()
         self.health = health
         self._views.clear()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import orjson
@@ -11,6 +12,7 @@ from tqstack.openai_api.errors import ApiError
 
 # The request itself is at fault: another backend would say the same.
 _CLIENTS_FAULT = frozenset({400, 405, 406, 409, 411, 413, 415, 422})
+_TOO_LONG = "exceed_context_size_error"  # in llama-server's words
 # What a backend in good health refuses, also once its stream has begun; the status of each.
 _REFUSALS = {
     "context_length_exceeded": 400,
@@ -82,12 +84,24 @@ def from_error_event(backend: str, value: Any) -> Failure:
 def _envelope(backend: str, status: int, body: bytes) -> ApiError:
     """The error in OpenAI's envelope, whatever form the backend gave it."""
     try:
-        value = orjson.loads(body)
+        value = _innermost(orjson.loads(body))
     except orjson.JSONDecodeError:
         value = body[:500].decode(errors="replace").strip()
-    if isinstance(value, dict):
-        value = value.get("error") or value.get("detail") or value.get("message") or value
     return _from_value(backend, status, value)
+
+
+def _innermost(value: Any) -> Any:
+    """What an answer says of its error. Ollama's message may be llama-server's own answer."""
+    if not isinstance(value, dict):
+        return value
+    value = value.get("error") or value.get("detail") or value
+    if not isinstance(value, dict) or not isinstance(text := value.get("message"), str):
+        return value
+    with suppress(orjson.JSONDecodeError):
+        inner = orjson.loads(text) if text.startswith("{") else None
+        if isinstance(inner, dict):
+            return _innermost(inner)
+    return value
 
 
 def _from_value(backend: str, status: int, value: Any) -> ApiError:
@@ -95,6 +109,8 @@ def _from_value(backend: str, status: int, value: Any) -> ApiError:
     client_status = 502 if status in (401, 403, 407) or status < 400 else status
     if isinstance(value, dict) and isinstance(value.get("message"), str):
         code, param = value.get("code"), value.get("param")
+        if value.get("type") == _TOO_LONG:
+            code, param = "context_length_exceeded", "messages"
         return ApiError(
             client_status,
             value["message"],

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 # the backend's own count decides.
 _SLACK = 0.25
 _CHAT = "/v1/chat/completions"
+_AMENDED = frozenset({_CHAT, "/v1/completions"})
 _EXPENSIVE_SECONDS = 10.0  # a failure after so long is not worth the SDK's automatic retries
 
 
@@ -234,7 +235,7 @@ class Exchange:
         tokens: dict[Name, int] = {
             backend: estimate(view.name_for(name), self._size) for backend, view in views.items()
         }
-        needs = needs_of(self._chat, self._size.images) | self._endpoint.needs
+        needs = self._endpoint.needs or needs_of(self._chat, self._size.images)
         background = is_background(self._chat)
         return Ask(self._record.model, tokens, self._slack, needs, background)
 
@@ -291,7 +292,7 @@ class Exchange:
 
     def _native_body(self, backend: Backend, model: str) -> bytes:
         """The request as it came, as far as the backend reads it."""
-        if backend.is_ollama and self._endpoint.path == _CHAT:
+        if backend.is_ollama and self._endpoint.path in _AMENDED:
             request = amended(self._request)
             if request is not self._request:
                 return orjson.dumps({**request, "model": model})

@@ -5,17 +5,48 @@ from __future__ import annotations
 from typing import Any
 
 _NONE: frozenset[str] = frozenset()
+_AS_FIELDS = frozenset({"tools", "logprobs", "logit_bias", "echo"})
+# Names that vLLM and llama.cpp have for the form of an answer.
+_GUIDES = frozenset(
+    {
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "structured_outputs",
+        "json_schema",
+        "grammar",
+    }
+)
 
 
 def needs_of(request: dict[str, Any], images: int = 0) -> frozenset[str]:
-    """Features that it uses: `tools`, `logprobs`, `json_object`, `json_schema`, `images`."""
-    found = [name for name in ("tools", "logprobs") if request.get(name)]
-    form = request.get("response_format")
+    """Features that it uses, in the words of the sidecar's `capabilities`."""
+    found = {name for name in _AS_FIELDS & request.keys() if request[name]}
+    if any(request[name] for name in _GUIDES & request.keys()):
+        found.add("guided")
+    form, choice = request.get("response_format"), request.get("tool_choice")
     if isinstance(form, dict) and form.get("type") in ("json_object", "json_schema"):
-        found.append(form["type"])
+        found.add(form["type"])
+    if choice == "required" or isinstance(choice, dict):
+        found.add("tool_choice")
+    if "prompt" in request:
+        found |= _needs_of_text(request)
+    if any(isinstance(count := request.get(n), int) and count > 1 for n in ("n", "best_of")):
+        found.add("choices")
     if images:
-        found.append("images")
+        found.add("images")
     return frozenset(found) if found else _NONE
+
+
+def _needs_of_text(request: dict[str, Any]) -> set[str]:
+    prompt, found = request["prompt"], set()
+    # One text in a list is as good as the text.
+    if isinstance(prompt, list) and not (len(prompt) == 1 and isinstance(prompt[0], str)):
+        found.add("prompts")
+    if request.get("logprobs"):
+        found.add("text_logprobs")
+    return found
 
 
 def is_background(request: dict[str, Any]) -> bool:

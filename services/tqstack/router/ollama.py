@@ -1,4 +1,5 @@
-"""What Ollama can hold. Past that it drops the oldest messages of a chat, and says nothing.
+"""What Ollama can hold. Past that it drops a chat's oldest messages, or half of a text, and says
+nothing; only one message that alone is too long may be refused.
 
 A model that is loaded tells (`/api/ps`). One that is not will hold its parameter `num_ctx`, and
 never more than it was trained for (`/api/show`). Without a `num_ctx` Ollama decides when it loads
@@ -56,10 +57,11 @@ class Contexts:
             self.is_ollama = False
             return models
         entries = [entry for entry in listing.get("models") or () if isinstance(entry, dict)]
-        lengths = {
-            str(entry.get("name")): _tokens(entry.get("context_length")) for entry in entries
-        }
-        self._loaded = {name: length for name, length in lengths.items() if length}
+        lengths = [
+            (str(entry.get("name")), _tokens(entry.get("context_length"))) for entry in entries
+        ]
+        # A model that was made anew is there twice for a while, the newer one first.
+        self._loaded = {name: length for name, length in reversed(lengths) if length}
         with suppress(TimeoutError):
             async with asyncio.timeout(_SHOW_SECONDS):
                 await self._show_new(models)

@@ -38,6 +38,8 @@ class View:
         own_model: the one it is asked for when the client's name is not its own.
         busy: it has requests running.
         lacks: features that it is known not to have: `tools`, `images`, `logprobs`, ...
+        ignores: features whose fields it reads over.
+        cuts: it drops what it cannot hold, and says nothing.
     """
 
     name: Name
@@ -46,12 +48,15 @@ class View:
     own_model: str = ""
     busy: bool = False
     lacks: frozenset[str] = frozenset()
+    ignores: frozenset[str] = frozenset()
+    cuts: bool = False
 
     def knows(self, model: str) -> str | None:
         """The model's name as this backend spells it (Ollama leaves out `:latest`)."""
-        if model in self.models:
-            return model
-        return latest if (latest := f"{model}:latest") in self.models else None
+        for name in (model, f"{model}:latest"):
+            if name in self.models:
+                return name
+        return None
 
     def name_for(self, model: str) -> str:
         """What this backend is asked for when the client wants `model`."""
@@ -132,7 +137,11 @@ def decide(ask: Ask, views: Mapping[Name, View], threshold: int) -> Decision:
     able = [view for view in order if _holds(view, model, ask, _longest(enabled, model))]
     if not able:
         raise _too_long(ask, model, order)
+    # Where an estimate may be over what a backend would cut, another one is better.
+    able = [view for view in able if not (view.cuts and _may_cut(view, model, ask))] or able
     capable = [view for view in able if not (ask.needs & view.lacks)] or able
+    if not forced:
+        capable.sort(key=lambda view: bool(ask.needs & view.ignores))
     if capable[0].name != first and views[first].state != "off":
         reason = "context" if views[first] not in able else "features"
     ready = [view for view in capable if view.state in ("up", "sick")]
@@ -210,6 +219,13 @@ def _holds(view: View, model: str, ask: Ask, longest: int | None) -> bool:
     longest known one holds, and no more."""
     context = view.context(model) or longest
     return context is None or ask.tokens[view.name] * (1 - ask.slack) < context
+
+
+def _may_cut(view: View, model: str, ask: Ask) -> bool:
+    context = view.context(model)
+    if context is None or ask.slack >= 1:  # nothing is known, of the one or the other
+        return False
+    return ask.tokens[view.name] * (1 + ask.slack / 2) >= context
 
 
 def _too_long(ask: Ask, model: str, order: list[View]) -> ApiError:

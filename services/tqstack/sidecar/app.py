@@ -49,8 +49,12 @@ CAPABILITIES = [
     "choices",
     "prompts",
     "logprobs",
+    "text_logprobs",
+    "logit_bias",
+    "echo",
     "json_object",
     "json_schema",
+    "guided",
 ]
 # What the bodies of POSTs may be.
 _BODIES: Bodies = {
