@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from dataclasses import replace
 
@@ -115,13 +114,9 @@ def all_at_once(worker, monkeypatch):
     return worker
 
 
-# On the model; TQSTACK_SCHEMAS=200 takes minutes on two cores.
-ON_THE_MODEL = int(os.environ.get("TQSTACK_SCHEMAS", "24"))
-
-
-def test_schemas_are_kept_to_greedy_and_sampled(runtime, monkeypatch):
+def test_two_hundred_schemas_are_kept_to_greedy_and_sampled(runtime, monkeypatch):
     worker = all_at_once(Worker(runtime, queue=1000), monkeypatch)
-    schemas, text, jobs = schemas_of(ON_THE_MODEL), demo_model.held_out_tokens(), []
+    schemas, text, jobs = schemas_of(200), demo_model.held_out_tokens(), []
     for i, schema in enumerate(schemas):
         grammar = Grammar("lark", f"start: {json_body(schema)}")
         for sampling in (Sampling(temperature=0), Sampling(seed=i)):
@@ -133,7 +128,9 @@ def test_schemas_are_kept_to_greedy_and_sampled(runtime, monkeypatch):
             done += 1
             value = json.loads(runtime.tokenizer.decode(tokens[:-1]))
             jsonschema.validate(value, schemas[i // 2])
-    assert len(answers) == 2 * len(schemas) and done > len(schemas) / 2
+    # Of 400 answers 249 were done with 40 tokens, 340 with 160: the others were inside a number's
+    # endless digits, a long text or white space.
+    assert len(answers) == 2 * len(schemas) and done > len(answers) / 2
 
 
 def walk(grammars, tokenizer, grammar, rng, most=400):
