@@ -8,6 +8,7 @@ from tqstack.cli.bench import app as bench
 from tqstack.cli.bench_router import bench_router
 from tqstack.cli.bench_serving import bench_agent, bench_serving
 from tqstack.cli.config import app as config
+from tqstack.cli.convert import convert
 from tqstack.cli.doctor import doctor
 from tqstack.cli.evaluate import evaluate
 from tqstack.cli.generate import compare, generate
@@ -25,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (up, router, sidecar, generate, compare, evaluate, top, doctor, plan):
+for command in (up, router, sidecar, generate, compare, convert, evaluate, top, doctor, plan):
     app.command()(command)
 bench.command("router")(bench_router)
 bench.command("serving")(bench_serving)

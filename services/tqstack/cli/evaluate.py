@@ -43,8 +43,8 @@ def evaluate(
         _check_plot()
     try:
         candidates = _candidates(models, against, numbers(affine) if affine else [])
-        corpus = _corpus([candidate.name for candidate in candidates], text)
-        pieces = bench.windows(corpus, tokens)
+        read = corpus([candidate.name for candidate in candidates], text)
+        pieces = bench.windows(read, tokens)
         steps = bench.measure(candidates, pieces, bool(against))
         bar = track(steps, "measuring", bench.steps(candidates, pieces), console=errors)
         rows = [row for row in bar if row is not None]
@@ -92,16 +92,16 @@ def _candidates(models: list[str], against: str, affine: list[int]) -> list[Any]
     return [reference, *candidates, *codes]
 
 
-def _corpus(models: list[str], text: Path | None) -> Any:
+def corpus(models: list[str], text: Path | None) -> Any:
     """Token ids to measure on, which must mean the same to all models.
 
     Raises:
         ValueError: they have other tokenizers, or the file holds no token ids.
     """
-    import numpy as np
     from mlx_lm.utils import load_tokenizer
 
     from tqstack import demo_model
+    from tqstack.models.corpus import token_ids
     from tqstack.models.spec import model_folder
 
     folders = {name: model_folder(name)[1] for name in models}
@@ -121,17 +121,7 @@ def _corpus(models: list[str], text: Path | None) -> Any:
                 "token ids as .npy, that they were not made from"
             )
         return demo_model.held_out_tokens()
-    if text.suffix != ".npy":
-        return np.array(tokenizer.encode(text.read_text()))
-    ids = np.load(text).reshape(-1)
-    last = max(words.values())
-    if not np.issubdtype(ids.dtype, np.integer) or not ids.size or not _within(ids, last):
-        raise ValueError(f"{text}: token ids must be whole numbers from 0 to {last:,}")
-    return ids
-
-
-def _within(ids: Any, last: int) -> bool:
-    return ids.min() >= 0 and ids.max() <= last
+    return token_ids(text, tokenizer)
 
 
 def _about(models: list[str], against: str, text: Path | None, tokens: int) -> dict[str, Any]:

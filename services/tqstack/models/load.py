@@ -11,6 +11,7 @@ from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load
 
+from tqstack import weights
 from tqstack.models import hub
 from tqstack.models.adapt import adapt
 from tqstack.models.cache_spec import CacheSpec
@@ -64,6 +65,7 @@ def fetched(name: str) -> Path:
 
 def expand(model: nn.Module) -> None:
     """Make all of a model's weights plain float32 matrices, in place."""
+    weights.expand(model)
     dequantize_model(model)
     model.update(tree_map(_as_float32, model.parameters()))
     mx.eval(model.parameters())

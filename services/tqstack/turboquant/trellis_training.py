@@ -1,7 +1,7 @@
 """How the trellis codebooks in codebooks/ were made.
 
     python -m tqstack.turboquant.trellis_training 4 tcq4-l8.npy
-    python -m tqstack.turboquant.trellis_training 4 4-l10.npy --window 10 --rounds 800 --vectors 4096
+    ... 4 4-l10.npy --window 10 --rounds 500 --vectors 3072 --seeds 1    (weights/codebooks)
 
 Generalised Lloyd on the trellis, on random directions and never on a model's keys or values: code
 random vectors, move each level to the mean of the values that chose it, repeat. Noise on the

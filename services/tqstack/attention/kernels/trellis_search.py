@@ -17,7 +17,7 @@ typedef Trellis<BITS, WINDOW> T;
 SHARED_ARRAY float costs[T::COSTS];
 SHARED_ARRAY float reached[T::GROUPS];
 SHARED_ARRAY unsigned char backs[(DIM + T::PER_BYTE - 1) / T::PER_BYTE * T::GROUPS];
-SHARED_ARRAY unsigned char path[DIM];
+SHARED_ARRAY unsigned short path[DIM];
 viterbi<DIM, BITS, WINDOW>(
     x, codebook, codes, reaches, costs, reached, backs, path, tid, block.x);""",
     inputs=("x", "codebook"),

@@ -27,7 +27,7 @@ FN int nearest_branch(SHARED(const float) costs, int group, LOCAL float& least) 
 template <typename T, int BITS>
 FN void best_path(IN(float) x, int values, float sign, int first, int count, int given,
                   float level, SHARED(float) costs, SHARED(float) reached,
-                  SHARED(unsigned char) backs, SHARED(unsigned char) path, int tid) {
+                  SHARED(unsigned char) backs, SHARED(unsigned short) path, int tid) {
   const int branch = tid % T::BRANCHES, group = tid / T::BRANCHES;
   const int from = tid % T::GROUPS;
   int held = 0;
@@ -61,7 +61,7 @@ FN void best_path(IN(float) x, int values, float sign, int first, int count, int
       int shift = T::FIELD * (i % T::PER_BYTE);
       int back = backs[i / T::PER_BYTE * T::GROUPS + at] >> shift & (T::BRANCHES - 1);
       int state = at * T::BRANCHES + back;
-      path[i] = (unsigned char)state;
+      path[i] = (unsigned short)state;
       at = state % T::GROUPS;
     }
   }
@@ -86,7 +86,7 @@ FN float block_sum(float x, SHARED(float) sums, int tid) {
 template <int DIM, int BITS, int WINDOW>
 FN void viterbi(IN(float) x, IN(float) codebook, OUT(word) codes, OUT(float) reaches,
                 SHARED(float) costs, SHARED(float) reached, SHARED(unsigned char) backs,
-                SHARED(unsigned char) path, int tid, int row) {
+                SHARED(unsigned short) path, int tid, int row) {
   typedef Trellis<BITS, WINDOW> T;
   constexpr int SEAM = DIM / 2 < 32 ? DIM / 2 : 32;
   x += size_t(row) * DIM;
@@ -116,4 +116,21 @@ FN void viterbi(IN(float) x, IN(float) codebook, OUT(word) codes, OUT(float) rea
     }
     block_sync();
   }
+}
+
+// A tile of compressed weights: x (tiles, VALUES) of unit variance -> the state of each value.
+template <int VALUES, int BITS, int WINDOW>
+FN void tile_states(IN(float) x, IN(float) codebook, OUT(word) states, SHARED(float) costs,
+                    SHARED(float) reached, SHARED(unsigned char) backs, SHARED(unsigned short) path,
+                    int tid, int row) {
+  typedef Trellis<BITS, WINDOW> T;
+  constexpr int SEAM = 32;
+  x += size_t(row) * VALUES;
+  const float level = codebook[tid];
+  best_path<T, BITS>(x, VALUES, 1.0f, VALUES - SEAM, 2 * SEAM, -1, level, costs, reached, backs,
+                     path, tid);
+  const int given = path[SEAM] % T::GROUPS;
+  block_sync();
+  best_path<T, BITS>(x, VALUES, 1.0f, 0, VALUES, given, level, costs, reached, backs, path, tid);
+  for (int i = tid; i < VALUES; i += T::STATES) states[size_t(row) * VALUES + i] = path[i];
 }
