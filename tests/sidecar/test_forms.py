@@ -24,7 +24,8 @@ from tqstack.models.runtime import load_runtime
 from tqstack.openai_api.errors import ApiError
 from tqstack.openai_api.schema import ChatRequest
 from tqstack.settings import Settings
-from tqstack.sidecar.forced import FAMILIES, json_body
+from tqstack.sidecar import forced as forced_calls
+from tqstack.sidecar.forced import FAMILIES, family_of, json_body
 from tqstack.sidecar.forms import grammar_of
 from tqstack.sidecar.text import AnswerReader, ToolCall
 
@@ -247,6 +248,53 @@ def test_a_text_among_parameters_is_any(family):
         form.take(token)
     [call] = calls_in(tokenizer, tokens)
     assert json.loads(call.arguments) == {"city": city, "days": 3}
+
+
+@pytest.mark.parametrize("family", sorted(PARSERS))
+def test_calls_of_strict_tools_keep_to_their_schemas_and_others_need_not(family):
+    tokenizer = tokenizer_of(PARSERS[family])
+    markers = filter(None, (tokenizer.tool_call_start, tokenizer.tool_call_end))
+    tokenizer._tokenizer.add_tokens([*markers])
+    grammars = Grammars(tokenizer, frozenset(tokenizer.eos_token_ids))
+    strict = [{**TOOLS[0], "function": {**TOOLS[0]["function"], "strict": True}}, TOOLS[1]]
+    grammar = forced(tokenizer, "auto", tools=strict)
+    good, bad = {"city": "Rome", "days": 3}, {"city": "Rome", "days": 30}
+    any_others = {"whatever": "x", "days": 30}
+    for name, arguments, allowed in (
+        ("weather", good, True),
+        ("weather", bad, False),
+        ("now", any_others, True),
+        ("nobody", good, False),
+    ):
+        text = "Let me see.\n" + written(tokenizer, family_of(tokenizer), name, arguments)
+        assert takes(grammars, tokenizer, grammar, text) is allowed, text
+    assert takes(grammars, tokenizer, grammar, 'No, {"days": 30} is too far.')
+    asked = ChatRequest(messages=ASKED, tools=TOOLS)
+    assert grammar_of(tokenizer, asked) is None  # nothing is forced, nothing is paid for it
+
+
+def written(tokenizer, family, name, arguments):
+    """A call in the family's form."""
+    body = json.dumps(arguments)
+    if family.parameter:
+        before, behind, end = family.parameter
+        values = {k: v if isinstance(v, str) else json.dumps(v) for k, v in arguments.items()}
+        body = "".join(f"{before}{key}{behind}{value}{end}" for key, value in values.items())
+    name = json.dumps(name) if family.json_name else name
+    text = family.section[0] + name.join(family.name) + body + family.end + family.section[1]
+    text = text.replace(forced_calls.START, tokenizer.tool_call_start)
+    return text.replace(forced_calls.END, tokenizer.tool_call_end)
+
+
+def takes(grammars, tokenizer, grammar, text):
+    """Whether the grammar allows this text, and an end behind it."""
+    form = grammars.form(grammar)
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        if not form.allowed(len(tokenizer))[token]:
+            return False
+        form.take(token)
+    mask = form.allowed(len(tokenizer))
+    return any(mask[token] for token in tokenizer.eos_token_ids)
 
 
 def test_reasoning_comes_before_what_is_forced():

@@ -77,7 +77,10 @@ CHAT: dict[str, Field] = {
     ),
     **_COMMON,
     "max_completion_tokens": Field("done", "done: sent as `max_tokens`"),
-    "tools": DONE,
+    "tools": Field(
+        "done; arguments of `strict` tools keep to their schemas, where it is known how the model "
+        "calls tools"
+    ),
     "tool_choice": Field(
         "auto, none, required, one tool; calls are forced in the model's own form, where that is "
         "known, else their beginning",

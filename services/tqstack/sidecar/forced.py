@@ -7,6 +7,7 @@ start of a call is forced.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,25 @@ class Rules:
     def json(self, schema: Schema) -> str:
         return self.add(json_body(schema))
 
+    def text_without(self, token: str) -> str:
+        """Any text without this token, which may not be a special one; its name."""
+        token = re.escape(token).replace("/", "\\/")
+        name = f"T{len(self.lines)}"
+        self.lines.append(f"{name}: /(?s:.*)/ & ~/(?s:.*){token}(?s:.*)/")
+        return name
+
+    def text_until(self, end: str) -> str:
+        """Any text, and `end` behind it."""
+        plain = end.partition(END)[0]
+        if not plain:
+            return f"{self.text_without(self._tokenizer.tool_call_end or '')} {self.text(end)}"
+        rest = end.removeprefix(plain)
+        text = self.add("/(?s:.*)/", f"[suffix={quoted(plain)}]")
+        return f"{text} {self.text(rest)}" if rest else text
+
+    def is_token(self, text: str | None) -> bool:
+        return text in self._markers
+
 
 def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
@@ -143,13 +163,34 @@ def _markers(tokenizer: TokenizerWrapper) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
 
+def strict_calls(
+    rules: Rules, tokenizer: TokenizerWrapper, tools: list[dict[str, Any]], one: bool
+) -> str | None:
+    """A rule for any text, in which calls of tools that are `strict` keep to their schemas.
+
+    None: there are no such tools, or it is not known where a call of this model begins.
+    """
+    start = tokenizer.tool_call_start
+    strict = any(tool["function"].get("strict") for tool in tools)
+    if not strict or not start or not rules.is_token(start) or family_of(tokenizer) is None:
+        return None
+    text = rules.text_without(start)
+    return f"{text} ({calls(rules, tokenizer, tools, '', one, lenient=True)} {text})?"
+
+
 def calls(
-    rules: Rules, tokenizer: TokenizerWrapper, tools: list[dict[str, Any]], name: str, one: bool
+    rules: Rules,
+    tokenizer: TokenizerWrapper,
+    tools: list[dict[str, Any]],
+    name: str,
+    one: bool,
+    lenient: bool = False,
 ) -> str:
     """A rule for calls of the tool `name`, or of any ("").
 
     Args:
         one: a single call.
+        lenient: arguments of tools that are not `strict` may be any.
 
     Raises:
         ApiError: 400, if it is not known how this model calls tools.
@@ -162,7 +203,10 @@ def calls(
     if family is None:
         return rules.add(f"{rules.text(START)} /(?s:.*)/")
     functions = [tool["function"] for tool in tools if name in ("", tool["function"]["name"])]
-    each = [_call(rules, family, function) for function in functions]
+    each = [
+        _call(rules, family, function, any_arguments=lenient and not function.get("strict"))
+        for function in functions
+    ]
     call = rules.add(" | ".join(each))
     between = f"{rules.text(family.between)} " if family.between else ""
     several = "" if one else f" ({between}{call})*"
@@ -178,13 +222,17 @@ def family_of(tokenizer: TokenizerWrapper) -> Family | None:
     return FAMILIES.get(parser)
 
 
-def _call(rules: Rules, family: Family, function: dict[str, Any]) -> str:
+def _call(
+    rules: Rules, family: Family, function: dict[str, Any], any_arguments: bool = False
+) -> str:
     before, after = family.name
     name = function["name"]
     head = rules.text(before + (json.dumps(name) if family.json_name else name) + after)
     schema = function.get("parameters") or {"type": "object", "properties": {}}
     if family.parameter is None:
-        arguments = rules.json(schema)
+        arguments = rules.json({"type": "object"} if any_arguments else schema)
+    elif any_arguments:
+        return rules.add(f"{head} {rules.text_until(family.end)}")
     else:
         arguments = " ".join(_parameters(rules, family.parameter, schema))
     end = rules.text(family.end) if family.end else ""
@@ -212,7 +260,7 @@ def _value(rules: Rules, schema: Schema, own: Schema, end: str) -> str:
         listed = " | ".join(rules.text(choice) for choice in choices)
         return f"({listed}) {rules.text(end)}"
     if _is_text(own):
-        return rules.add("/(?s:.*)/", f"[suffix={quoted(end)}]")
+        return rules.text_until(end)
     return f"{rules.json(schema)} {rules.text(end)}"
 
 

@@ -14,7 +14,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqstack.engine.grammar import Grammar
 from tqstack.openai_api.errors import ApiError, bad_request
 from tqstack.openai_api.schema import ChatRequest, TextRequest
-from tqstack.sidecar.forced import Rules, calls, forced_tool, json_body, quoted
+from tqstack.sidecar.forced import (
+    Rules,
+    calls,
+    forced_tool,
+    json_body,
+    quoted,
+    strict_calls,
+)
 
 ANY_OBJECT = {"type": "object"}
 _BREAK = '"\\n\\n"? '  # what many models write behind their reasoning; it is no part of a choice
@@ -54,14 +61,19 @@ def grammar_of(
     if isinstance(request, ChatRequest):
         field = "function_call" if request.legacy_functions else "tool_choice"
         name = forced_tool(request.tool_choice, tools, field)
-    if request.ignore_eos and (shape or name is not None):
+    free = shape is None and name is None
+    if request.ignore_eos and not free:
         raise bad_request("ignore_eos: an answer that has a form ends with it", "ignore_eos")
     if name is not None:
         assert isinstance(request, ChatRequest) and tools
         one = bool(name) or request.parallel_tool_calls is False or request.legacy_functions
         body, param = calls(rules, tokenizer, tools, name, one), "tool_choice"
     elif shape is None:
-        return None
+        one = isinstance(request, ChatRequest) and request.parallel_tool_calls is False
+        found = strict_calls(rules, tokenizer, tools or [], one)
+        if found is None:
+            return None
+        body, param = found, "tools"
     else:
         param = shape.param
         if shape.kind == "lark":
@@ -73,7 +85,7 @@ def grammar_of(
         body = rules.add(shape.body)
         if tools and tokenizer.tool_call_start:
             body += f" | {calls(rules, tokenizer, tools, '', False)}"
-    broken = reasoning == "open" and (shape is None or shape.kind == "json")
+    broken = reasoning == "open" and not free and (shape is None or shape.kind == "json")
     lines = [f"start: {_BREAK if broken else ''}({body})", *rules.lines]
     return Grammar("lark", "\n".join(lines), **_after(tokenizer, reasoning)), param
 
