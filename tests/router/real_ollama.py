@@ -17,7 +17,7 @@ from processes import free_port, wait_for
 from router import puppet
 
 NOT_HERE = "there is no Ollama here: name its program in OLLAMA_PROGRAM, or put it in PATH"
-NUM_CTX = 512
+GIVEN, NUM_CTX = 4096, 512  # tokens
 # The same model with Ollama's own kind of template, and a context of its own.
 OWN_TEMPLATE = f'''FROM puppet
 PARAMETER num_ctx {NUM_CTX}
@@ -54,6 +54,7 @@ def real_ollama(home: Path) -> Iterator[Ollama]:
     assert ollama, NOT_HERE
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "OLLAMA_HOST": url[7:]}
     environment |= {"OLLAMA_MODELS": str(home / "models"), "OLLAMA_NO_CLOUD": "1"}
+    environment["OLLAMA_CONTEXT_LENGTH"] = str(GIVEN)  # else by the machine's memory
     log = home / "ollama.log"
     with log.open("wb") as output:
         process = subprocess.Popen(

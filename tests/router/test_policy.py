@@ -116,6 +116,8 @@ def test_decisions(request_, seen, expected):
         ("tq:demo", "sidecar", "demo"),
         ("tq:nobody-but-long", None, None),
         ("ollama:llama3", "ollama", "llama3:latest"),
+        ("ollama:Llama3:Latest", "ollama", "llama3:latest"),
+        ("QWEN", "ollama", "qwen"),
         ("ollama:", "ollama", "llama3:latest"),
         ("ollama:demo", "ollama", "llama3:latest"),
         ("", "ollama", "llama3:latest"),

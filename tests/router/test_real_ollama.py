@@ -9,7 +9,7 @@ import pytest
 
 from processes import wait_until
 from router import puppet
-from router.real_ollama import NOT_HERE, NUM_CTX, program, real_ollama
+from router.real_ollama import GIVEN, NOT_HERE, NUM_CTX, program, real_ollama
 from router.stack import Stack, answer_of
 from tqstack.openai_api.fields import OLLAMA_IGNORES
 
@@ -192,7 +192,7 @@ def direct(ollama, path, **fields):
 
 
 def test_names_are_known_with_and_without_latest(stack):
-    for name in ("puppet", "puppet:latest", "own"):
+    for name in ("puppet", "puppet:latest", "Puppet", "own"):
         assert answer_of(stack.chat("SAY", model=name))[:2] == (SAID, "ollama")
     error = stack.chat("SAY", model="nobody").json()["error"]
     assert error["code"] == "model_not_found" and "puppet:latest" in error["message"]
@@ -218,10 +218,18 @@ def test_what_a_model_holds_is_known_before_and_after_it_is_loaded(ollama, stack
     assert before["puppet:latest"] == puppet.CONTEXT  # no more than that, at any rate
     assert before["own:latest"] == NUM_CTX
     assert answer_of(say(stack, "SAY", "puppet"))[0] == SAID  # which loads it
-    given = contexts(stack)["puppet:latest"]
-    assert 4_096 <= given <= puppet.CONTEXT
+    assert contexts(stack)["puppet:latest"] == GIVEN
     assert answer_of(say(stack, "SAY", "own"))[0] == SAID
     assert contexts(stack)["own:latest"] == NUM_CTX
+
+
+def test_a_model_is_loaded_to_see_whether_it_would_cut_a_prompt(ollama):
+    unload(ollama, "puppet", "own")
+    with Stack(ollama=False, ollama_base_url=ollama.url) as stack:
+        response = say(stack, "word " * 5_800, "puppet")
+        assert response.headers["x-tqstack-backend"] == "sidecar"
+        assert response.headers["x-tqstack-reason"] == "prefix; ollama context"
+    assert ollama.runners()
 
 
 def test_a_prompt_that_would_be_cut_goes_to_the_sidecar(ollama, stack):

@@ -52,11 +52,12 @@ class View:
     cuts: bool = False
 
     def knows(self, model: str) -> str | None:
-        """The model's name as this backend spells it (Ollama leaves out `:latest`)."""
+        """The model's name as this backend spells it: Ollama takes any case, and no `:latest`."""
         for name in (model, f"{model}:latest"):
             if name in self.models:
                 return name
-        return None
+        meant = (model.lower(), f"{model.lower()}:latest")
+        return next((name for name in self.models if name.lower() in meant), None)
 
     def name_for(self, model: str) -> str:
         """What this backend is asked for when the client wants `model`."""
