@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
 from router.scripted import fails
 from router.stack import LONG, Stack
+from tqstack.router.ollama import Contexts
 
 MIDDLE = "word " * 9_000  # short enough for Ollama, by the threshold
 
@@ -115,6 +117,15 @@ def test_another_server_is_asked_for_ollama_s_paths_once():
             stack.probe()
         assert stack.ollama.probes == before + 3  # for its models
         assert stack.chat(MIDDLE).headers["x-tqstack-backend"] == "ollama"
+
+
+def test_an_ollama_in_trouble_is_still_one():
+    async def ask(path, body, seconds):
+        return 500, {"error": "boom"}
+
+    contexts = Contexts(ask)
+    assert asyncio.run(contexts.fill_in([{"id": "a"}])) == [{"id": "a"}]
+    assert contexts.is_ollama
 
 
 def test_a_batch_of_texts_to_embed_is_no_long_prompt():

@@ -54,7 +54,7 @@ class Contexts:
             return models
         status, listing = await self._get("/api/ps")
         if status != 200:
-            self.is_ollama = False
+            self.is_ollama = status >= 500  # in trouble, it is still what it was
             return models
         entries = [entry for entry in listing.get("models") or () if isinstance(entry, dict)]
         lengths = [
