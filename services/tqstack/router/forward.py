@@ -253,7 +253,8 @@ class Exchange:
         if native:
             body = self._native_body(backend, step.model)
         else:
-            body, path = orjson.dumps({**self._chat, "model": step.model}), _CHAT
+            chat = amended(self._chat) if backend.is_ollama else self._chat
+            body, path = orjson.dumps({**chat, "model": step.model}), _CHAT
         record.left_out = [] if native or not dialect else dialect.left_out(self._request)
         if backend.is_ollama:
             sent = self._request if native else self._chat
