@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from router.stack import Stack
+from router.scripted import says
+from router.stack import Stack, answer_of, stream_answer
 from tqstack.router.amend import amended, ignored
 
 CHAT = "/v1/chat/completions"
@@ -30,6 +31,22 @@ def test_ollama_gets_its_own_words():
         assert stack.ollama.seen[-1].json["prompt"] == "one"
         stack.post("/v1/messages", model="ollama:", max_tokens=5, messages=messages[1:])
         assert stack.ollama.seen[-1].path == CHAT  # it speaks that too, and drops half
+
+
+BEGUN = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "ab "}]
+
+
+@pytest.mark.parametrize("words", [["ab cd", " e"], ["cd", " e"], ["abcd", " e"]])
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_a_client_has_begun_is_not_repeated(words, stream):
+    wanted = "abcd e" if words[0] == "abcd" else "cd e"
+    with ollama() as stack:
+        stack.ollama.script = says(*words)
+        response = stack.post(model="ollama:", messages=BEGUN, stream=stream)
+        text = stream_answer(response)[0] if stream else answer_of(response)[0]
+        assert text == wanted
+        message = stack.post("/v1/messages", model="ollama:", max_tokens=9, messages=BEGUN).json()
+        assert message["content"][0]["text"] == wanted
 
 
 def test_what_needs_no_change_is_the_same_request():

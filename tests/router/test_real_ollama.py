@@ -98,6 +98,16 @@ def test_what_ollama_s_own_responses_api_drops_or_fails_on_is_done(ollama, stack
 
 
 @MODELS
+def test_what_a_client_has_begun_is_not_repeated(stack, model):
+    begun = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "ab SAY"}]
+    assert answer_of(stack.post(model=f"ollama:{model}", messages=begun))[0] == SAID
+    message = stack.anthropic.messages.create(
+        model=f"ollama:{model}", max_tokens=20, messages=begun
+    )
+    assert message.content[0].text == SAID
+
+
+@MODELS
 def test_reasoning_has_both_names(stack, model):
     message = say(stack, "THINK", model).json()["choices"][0]["message"]
     assert message["content"] == "42"

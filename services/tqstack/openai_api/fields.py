@@ -97,9 +97,7 @@ CHAT: dict[str, Field] = {
     ),
     "chat_template_kwargs": Field("names that the template knows", UNREAD),
     "add_generation_prompt": ONLY_SIDECAR,
-    "continue_final_message": Field(
-        "done", "a last assistant message is always gone on with, and may be repeated"
-    ),
+    "continue_final_message": Field("done", "a last assistant message is always gone on with"),
     "modalities": Field("text", "not read"),
     "verbosity": Field("medium", UNREAD),
     "metadata": LABEL,

@@ -26,6 +26,7 @@ from tqstack.router.journal import Journal, Record
 from tqstack.router.metrics import Metrics
 from tqstack.router.needs import is_background, needs_of
 from tqstack.router.policy import Ask, Decision, Name, View, decide, split_model, threshold_for
+from tqstack.router.prefill import begun_by
 from tqstack.router.relay import Relay
 from tqstack.router.rewrite import with_model
 from tqstack.router.upstream import Upstream
@@ -260,6 +261,8 @@ class Exchange:
             sent = self._request if native else self._chat
             record.left_out += ignored(path, sent)
         relay = Relay(backend, services.settings, services.upstream, client, record)
+        if backend.is_ollama and path == _CHAT:
+            relay.begun = begun_by(self._chat)
         if dialect:
             relay.speak(dialect, self.original, translated=not native)
         self._relay = relay

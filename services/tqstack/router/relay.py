@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from tqstack.router.client import Client, encode
 from tqstack.router.dialects import Dialect
 from tqstack.router.failure import Failure
 from tqstack.router.journal import Record
+from tqstack.router.prefill import Unrepeated
 from tqstack.router.repair import ChatRepair, repair_whole
 from tqstack.router.upstream import Answer, Upstream, UpstreamError
 from tqstack.router.watch import StreamWatch
@@ -34,6 +36,7 @@ _REFUSAL_SECONDS = 5.0
 _STATUSES = {"refused": 503, "hung": 503, "timeout": 504}
 _HEADERS = {"content-type": "application/json", "accept-encoding": "identity"}
 _KEPT_HEADERS = ("retry-after", "openai-processing-ms")
+Change = Callable[[bytes], bytes]
 
 
 class Relay:
@@ -41,6 +44,7 @@ class Relay:
 
     Attributes:
         watch: what the stream has shown so far.
+        begun: what this backend may repeat of the request before its answer.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Relay:
         record: Record,
     ):
         self.watch = StreamWatch()
+        self.begun = ""
         self._backend = backend
         self._name = backend.name
         self._settings = settings
@@ -131,6 +136,8 @@ class Relay:
         self._record.mark_first_token()
         translated = client.stream if self._translated else None
         change = translated.feed if translated else ChatRepair().feed
+        if self.begun:
+            change = _one_after_the_other(Unrepeated(self.begun).feed, change)
         ready = change(ready)
         while not watch.done and watch.error is None:
             if ready:
@@ -189,6 +196,9 @@ class Relay:
             if value.get("error"):
                 raise failures.from_error_event(self._name, value["error"])
             self._take_usage(value.get("usage"), None)
+            if self.begun:
+                Unrepeated(self.begun).whole(value)
+                body = orjson.dumps(value)
             if self._dialect and self._translated:
                 value = self._dialect.from_chat(value, self._request)
                 body = orjson.dumps(value)
@@ -211,6 +221,10 @@ class Relay:
         output = usage.get("completion_tokens", usage.get("output_tokens"))
         self._record.prompt_tokens = prompt if isinstance(prompt, int) else None
         self._record.output_tokens = output if isinstance(output, int) else events
+
+
+def _one_after_the_other(first: Change, second: Change) -> Change:
+    return lambda data: second(first(data))
 
 
 def _kept(answer: Answer) -> list[tuple[bytes, bytes]]:
