@@ -42,6 +42,8 @@ def convert(
 ) -> None:
     """Compress a model's weights. Interrupted, the same command goes on where it stopped."""
     preload_openblas()
+    import mlx.core as mx
+
     from tqstack.models.load import fetched
     from tqstack.models.spec import ModelNotFoundError, resolve
     from tqstack.weights.card import write_card
@@ -60,7 +62,7 @@ def convert(
                 folder,
                 destination.expanduser(),
                 options,
-                text=tokens,
+                text=None if tokens is None else mx.array(tokens),
                 progress=lambda at, total: bar.update(task, completed=at, total=total),
             )
     except (ModelNotFoundError, ConversionError, DiskFullError, ValueError, OSError) as error:

@@ -7,12 +7,17 @@ are made. Blocks are found by `model.layers`, so that a model of any family has 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import numpy as np
+from mlx.utils import tree_map
+from mlx_lm.utils import dequantize_model
 
+from tqstack.attention.kernels.program import backend
 from tqstack.weights.recipe import layers_of
 
 Hessians = Mapping[str, np.ndarray]
@@ -40,29 +45,35 @@ class _Inputs:
         return taken
 
 
-def run(model: nn.Module, tokens: mx.array, on_block: OnBlock) -> None:
-    """Send tokens (sequences, length) through a model.
+def run(source: Path, tokens: mx.array, on_block: OnBlock) -> None:
+    """Send tokens (sequences, length) through the model of a folder.
 
     Args:
         on_block: called after each block with the Hessians of its layers by path, and at the end
-            with those of the rest, such as the head. It may take the block's weights away.
+            with those of the rest, such as the head.
     """
+    model = _lazily(source)
     inputs = _Inputs()
     layers: Any = model.layers
     blocks = {id(block) for block in layers}
-    undo = []
     for path, layer in layers_of(model).items():
         method = "as_linear" if hasattr(layer, "as_linear") else "__call__"  # an embedding as head
-        undo.append(_replace(layer, method, _told(inputs, path)))
+        _replace(layer, method, _told(inputs, path))
     for module in model.modules():
         if id(module) in blocks:
-            undo.append(_replace(module, "__call__", _stopped(inputs, on_block)))
-    try:
-        mx.eval(model(tokens))
-        on_block(inputs.take())
-    finally:
-        for back in undo:
-            back()
+            _replace(module, "__call__", _stopped(inputs, on_block))
+    mx.eval(model(tokens))
+    on_block(inputs.take())
+
+
+def _lazily(source: Path) -> nn.Module:
+    """The model, whose weights are read when they are used; in float32 on a CPU, which multiplies
+    others many times more slowly."""
+    model = mlx_lm.load(str(source), lazy=True)[0]
+    if backend() is None:
+        dequantize_model(model)
+        model.set_dtype(mx.float32)
+    return model
 
 
 def _told(inputs: _Inputs, path: str) -> Call:
@@ -77,6 +88,7 @@ def _stopped(inputs: _Inputs, on_block: OnBlock) -> Call:
     def call(original: Call, block: nn.Module, *args: Any, **options: Any) -> Any:
         result = original(block, *args, **options)
         mx.eval(result)
+        block.update(tree_map(lambda _: mx.zeros(()), block.parameters()))
         on_block(inputs.take())
         mx.clear_cache()
         return result
@@ -84,8 +96,8 @@ def _stopped(inputs: _Inputs, on_block: OnBlock) -> Call:
     return call
 
 
-def _replace(module: nn.Module, method: str, call: Call) -> Callable[[], None]:
-    """Give one module a class of its own whose method is `call`; returns what undoes it."""
+def _replace(module: nn.Module, method: str, call: Call) -> None:
+    """Give one module a class of its own whose method is `call`."""
     plain = type(module)
     original = getattr(plain, method)
 
@@ -93,8 +105,3 @@ def _replace(module: nn.Module, method: str, call: Call) -> Callable[[], None]:
         return call(original, self, *args, **options)
 
     module.__class__ = type(plain.__name__, (plain,), {method: replaced})
-
-    def undo() -> None:
-        module.__class__ = plain
-
-    return undo

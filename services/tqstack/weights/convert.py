@@ -101,7 +101,7 @@ def convert(
     _begin(destination, {"source": str(source), **asdict(options)})
     conversion = _Conversion(model, options, recipe, destination, progress)
     if text is not None and conversion.left():
-        calibrate.run(model, text, conversion.code_layers)
+        calibrate.run(source, text, conversion.code_layers)
     conversion.code_layers({})
     conversion.copy_others()
     conversion.shards.write_index()
