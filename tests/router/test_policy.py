@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tqstack.openai_api.errors import ApiError
@@ -167,6 +167,7 @@ def test_a_prompt_over_every_known_context_is_refused_though_one_backend_tells_n
     assert "200000" in error.value.message and "100000" in error.value.message
 
 
+@settings(deadline=None)
 @given(st.sampled_from([*PREFIXES, ""]), st.text())
 def test_a_prefix_is_stripped_once_and_forces_its_backend(prefix, name):
     forced, model = split_model(prefix + name)
@@ -185,6 +186,7 @@ def test_the_threshold_follows_the_architecture(setting, architecture, expected)
 STATES = st.sampled_from(["up", "sick", "loading", "down", "off"])
 
 
+@settings(deadline=None)
 @given(
     STATES,
     STATES.filter(lambda state: state != "off"),  # Ollama cannot be switched off
