@@ -97,7 +97,7 @@ def short_queries():
 
 def test_a_kernel_that_agrees_is_used(on_gpu):
     codec = make_codec("tq4", 64)
-    assert trust.trusted("encode", codec, codec)
+    assert trust.trusted("encode", codec, codec, mx.float32)
     queries, stored, options = short_queries()
     got = choose.attention(queries, stored, **options)
     assert distance(got, decode.decode_attention(queries, stored, **options)) == 0
@@ -148,11 +148,11 @@ def test_what_agreed_is_not_compared_again_at_the_next_start(on_gpu, monkeypatch
     def start():
         trust._found.clear()
         compared.clear()
-        return trust.trusted("encode", codec, codec)
+        return trust.trusted("encode", codec, codec, mx.float32)
 
     assert start() and compared
     assert start() and not compared
-    assert trust.trusted("encode", other, other) and compared
+    assert trust.trusted("encode", other, other, mx.float32) and compared
     monkeypatch.setattr(trust, "_machine", lambda: "another machine, or other sources")
     assert start() and compared
     trust.forget()
@@ -165,4 +165,4 @@ def test_what_agreed_is_not_compared_again_at_the_next_start(on_gpu, monkeypatch
 def test_without_a_gpu_no_kernel_is_trusted(monkeypatch):
     monkeypatch.setattr(trust, "backend", lambda: None)
     codec = make_codec("tq4", 64)
-    assert not trust.trusted("encode", codec, codec)
+    assert not trust.trusted("encode", codec, codec, mx.float32)

@@ -1,9 +1,9 @@
 """Where the time until the first answer goes: MLX's own part of it, and ours.
 
 Each part is measured once, in one process, in the order in which a server meets them. What is
-compiled in one is there for the next, so that plain mlx-lm comes first. Kernel caches of MLX and of
-the system are as they were found: for a first start empty them (MLX keeps CUDA's in a folder `mlx`
-of the temporary folder).
+compiled in one is there for the next, so that plain mlx-lm comes first. Caches of compiled kernels
+are as they were found: for a first start empty them (CUDA's are in the folder MLX_PTX_CACHE_DIR,
+without it in `kernels-...` of our own cache folder, beside what is remembered of checks).
 """
 
 from __future__ import annotations

@@ -86,15 +86,17 @@ def _error(
     block = layout.block_tokens
     length = 2 * block + (tokens if tokens > block else block) + 1
     dims = layout.key_codec.dim, layout.value_codec.dim
-    keys, values = (random(2, layout.kv_heads, length, d, seed=i) for i, d in enumerate(dims))
+    keys, values = (
+        random(2, layout.kv_heads, length, d, seed=i).astype(tail_dtype) for i, d in enumerate(dims)
+    )
     tails = [mx.concatenate([x[:1, :, block:], x[1:, :, :-block]]) for x in (keys, values)]
     stored = Stored(
         layout,
         slabs=(mx.zeros((1, layout.words), mx.uint32),) * (slabs - 1)
         + (layout.pack(keys[:1, :, : 2 * block], values[:1, :, : 2 * block]),),
         tables=(tuple((slabs - 1) << ROW_BITS | row for row in (0, 1)), ()),
-        tail_keys=tails[0].astype(tail_dtype),
-        tail_values=tails[1].astype(tail_dtype),
+        tail_keys=tails[0],
+        tail_values=tails[1],
         starts=(block, 0),
         lengths=(length, max(5, tokens)),
         counts=(tokens, tokens),

@@ -18,8 +18,9 @@ def encode_pair(
     keys: mx.array, values: mx.array, key_codec: Any, value_codec: Any
 ) -> tuple[Planes, Planes]:
     """Compress (B, KV heads, L, head_dim) keys and values."""
-    if encode.serves(key_codec, value_codec) and trusted("encode", key_codec, value_codec):
-        return encode.encode(keys, values, key_codec, value_codec)
+    codecs = key_codec, value_codec
+    if encode.serves(*codecs) and trusted("encode", *codecs, keys.dtype):
+        return encode.encode(keys, values, *codecs)
     return _encode(keys, key_codec), _encode(values, value_codec)
 
 
@@ -30,18 +31,19 @@ def _encode(x: mx.array, codec: Any) -> Planes:
 
 
 @check("encode")
-def _encode_error(key_codec: Any, value_codec: Any) -> float:
+def _encode_error(key_codec: Any, value_codec: Any, dtype: mx.Dtype) -> float:
     """How much farther from the vectors the kernel's encoding is than the twin's, or nearer.
 
     Single codes may differ: a value next to a boundary between two is as near to either.
     """
-    keys, values = (random(1, 2, 64, c.dim, seed=c.dim) for c in (key_codec, value_codec))
-    planes = encode.encode(keys, values, key_codec, value_codec)
-    errors = [
-        distance(codec.decode(got), codec.rotate(x))
-        - distance(codec.decode(codec.encode(x)), codec.rotate(x))
-        for codec, x, got in zip((key_codec, value_codec), (keys, values), planes, strict=True)
-    ]
+    codecs = key_codec, value_codec
+    keys, values = (random(1, 2, 64, codec.dim, seed=codec.dim).astype(dtype) for codec in codecs)
+    planes, errors = encode.encode(keys, values, *codecs), []
+    with mx.stream(mx.cpu):  # where plain operations need no compiler
+        for codec, x, got in zip(codecs, (keys, values), planes, strict=True):
+            x = x.astype(mx.float32)
+            rotated, want = codec.rotate(x), codec.decode(codec.encode(x))
+            errors.append(distance(codec.decode(got), rotated) - distance(want, rotated))
     return max(errors, key=abs)
 
 

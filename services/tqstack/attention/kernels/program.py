@@ -16,6 +16,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from tqstack.attention.kernels import compiled
+
 FOLDER = Path(__file__).parent
 # Names that the call of a body uses: the block's indices and the thread within it.
 PRELUDES = {
@@ -67,10 +69,22 @@ class Program:
     def header(self, dialect: str) -> str:
         """The dialect and the bodies. CUDA's compiler includes them by itself: MLX copies and
         hashes the source at every launch, so what it sees is kept short."""
-        files = [FOLDER / file for file in (f"dialect_{dialect}.h", *self.headers)]
+        files = self.files(dialect)
         if dialect == "cuda":
             return "".join(f'#include "{file}"\n' for file in files)
         return "\n".join(file.read_text() for file in files)
+
+    def files(self, dialect: str) -> list[Path]:
+        return [FOLDER / file for file in (f"dialect_{dialect}.h", *self.headers)]
+
+    def body(self, dialect: str) -> str:
+        """Of the kernel's function."""
+        return PRELUDES[dialect] + self.call
+
+    @cached_property
+    def _kept(self) -> dict[Any, str | None]:
+        """Names of compiled variants, by their constants and types (`compiled.py`)."""
+        return {}
 
     @cached_property
     def _kernel(self) -> Any:
@@ -83,7 +97,7 @@ class Program:
             name=f"tqstack_{self.name}",
             input_names=self.inputs,
             output_names=self.outputs,
-            source=PRELUDES[dialect] + self.call,
+            source=self.body(dialect),
             header=self.header(dialect),
         )
 
@@ -97,11 +111,18 @@ class Program:
         outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
     ) -> list[mx.array]:
         """Launch `blocks` of `threads` each; outputs are (shape, dtype)."""
-        return self._kernel(
-            inputs=list(inputs),
-            template=list(template.items()),
-            grid=(blocks[0] * threads, *blocks[1:]),
-            threadgroup=(threads, 1, 1),
-            output_shapes=[shape for shape, _ in outputs],
-            output_dtypes=[dtype for _, dtype in outputs],
-        )
+        options: dict[str, Any] = {
+            "grid": (blocks[0] * threads, *blocks[1:]),
+            "threadgroup": (threads, 1, 1),
+            "output_shapes": [shape for shape, _ in outputs],
+            "output_dtypes": [dtype for _, dtype in outputs],
+        }
+        if backend() == "cuda":
+            types = *(x.dtype for x in inputs), *options["output_dtypes"]
+            variant = *template.items(), *types
+            if variant not in self._kept:
+                self._kept[variant] = compiled.kept(self, template, types)
+            name = self._kept[variant]
+            if name is not None:
+                return compiled.launch(name, inputs, 4 * self.shared_words, **options)
+        return self._kernel(inputs=list(inputs), template=list(template.items()), **options)

@@ -108,12 +108,13 @@ class Experts(QuantizedSwitchLinear):
 def _error(bits: int, group_size: int, dtype: mx.Dtype) -> float:
     """Relative distance from the quantized product, beyond the rounding of its own result."""
     inputs = 2 * max(STEP, group_size)
-    packed = mx.quantize(random(5, OUTPUTS + 8, inputs, seed=0).astype(dtype), group_size, bits)
+    weights = random(5, OUTPUTS + 8, inputs, seed=0).astype(dtype)
+    packed = mx.quantize(weights, group_size, bits, stream=mx.cpu)
     experts = mx.array([0] * 3 + [1] * 100 + [3] * 9 + [4] * 30)
     x = random(experts.size, 1, inputs, seed=1).astype(dtype)
     got = sorted_products(x, experts, *packed, group_size, bits)
-    weights = mx.dequantize(*packed, group_size, bits).astype(mx.float32)
     with mx.stream(mx.cpu):
+        weights = mx.dequantize(*packed, group_size, bits).astype(mx.float32)
         want = x.astype(mx.float32) @ weights[experts].swapaxes(-1, -2)
     rounding = distance(want.astype(dtype), want)
     return max(0.0, distance(got, want) - 2 * rounding)

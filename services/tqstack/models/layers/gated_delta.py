@@ -16,7 +16,6 @@ registers; this form is what the CPU runs, and what the kernel is compared with.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +23,8 @@ import mlx.nn as nn
 from mlx_lm.models import gated_delta as mlx_gated_delta
 
 from tqstack.attention.exponential import exp
-from tqstack.attention.kernels.program import backend, fault
+from tqstack.attention.kernels.program import backend
+from tqstack.attention.kernels.trust import check, distance, random, trusted
 from tqstack.models.layers import recurrence as kernel
 
 # Tokens whose intermediate matrices exist at once: they take 0.4 GB for 32 heads of 128.
@@ -32,7 +32,6 @@ SEGMENT = 2048
 # Gates below exp(-18) are 0 to float32 beside 1. Larger sums would cost the small gates' digits.
 _LOG_GATE_MIN = -18.0
 _FORGOTTEN = 2.0**-58  # of a state: below it nothing is left, and products stay normal numbers
-KERNEL_TOLERANCE = 1e-4  # absolute, of outputs of the order of 1
 
 
 def install(model: nn.Module) -> int:
@@ -87,7 +86,7 @@ def gated_delta_update(
             allow_neg_eigval=allow_neg_eigval,
         )
     plain = lower_bound is None and not allow_neg_eigval
-    if plain and use_kernel and kernel.serves(q, v) and _kernel_agrees(k.shape[-1], v.shape[-1]):
+    if plain and use_kernel and kernel.serves(q, v) and _kernel_agrees(q, v, A_log, dt_bias):
         if state is None:
             state = mx.zeros((*v.shape[:1], *v.shape[2:], k.shape[-1]))
         k, v, a, b = (x.astype(q.dtype) for x in (k, v, a, b))
@@ -103,28 +102,31 @@ def gated_delta_update(
     return gated_delta(q, k, v, log_g, beta, state, mask)
 
 
-@lru_cache
-def _kernel_agrees(Dk: int, Dv: int) -> bool:
+def _kernel_agrees(q: mx.array, v: mx.array, *heads: mx.array) -> bool:
     """Whether there is a CUDA kernel here and it gives the numbers of `gated_delta`."""
-    if backend() != "cuda":
-        return False
-    return fault("gated delta kernel", lambda: _kernel_error(Dk, Dv), KERNEL_TOLERANCE) is None
+    types = q.dtype, *(x.dtype for x in heads)
+    return backend() == "cuda" and trusted("gated delta", q.shape[-1], v.shape[-1], *types)
 
 
-def _kernel_error(Dk: int, Dv: int) -> float:
-    """The largest difference of an output over 40 tokens."""
+@check("gated delta")
+def _kernel_error(
+    Dk: int, Dv: int, dtype: mx.Dtype, rate_dtype: mx.Dtype, bias_dtype: mx.Dtype
+) -> float:
+    """Relative distance of outputs and state over 40 tokens, beyond the rounding of the former."""
     T, Hk, Hv = 40, 1, 2
     shapes = [(1, T, Hk, Dk)] * 2 + [(1, T, Hv, Dv)] + [(1, T, Hv)] * 2
-    q, k, v, a, b = (
-        mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(shapes)
-    )
+    q, k, *rest = (random(*shape, seed=i) for i, shape in enumerate(shapes))
     q, k = (x / mx.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-    A_log, dt_bias, state = mx.array([0.0, 2.0]), mx.ones(Hv), mx.zeros((1, Hv, Dv, Dk))
-    y, _ = kernel.recurrence(q, k, v, a, b, A_log, dt_bias, state, None)
+    q, k, v, a, b = (x.astype(dtype) for x in (q, k, *rest))
+    A_log, dt_bias = mx.array([0.0, 2.0], dtype=rate_dtype), mx.ones(Hv, dtype=bias_dtype)
+    state = mx.zeros((1, Hv, Dv, Dk))
+    y, last = kernel.recurrence(q, k, v, a, b, A_log, dt_bias, state, None)
     with mx.stream(mx.cpu):
-        log_g = -mx.exp(A_log) * nn.softplus(a + dt_bias)
-        want, _ = gated_delta(q, k, v, log_g, mx.sigmoid(b))
-    return float(mx.abs(y - want).max())
+        q, k, v, a, b = (x.astype(mx.float32) for x in (q, k, v, a, b))
+        log_g = -mx.exp(A_log.astype(mx.float32)) * nn.softplus(a + dt_bias)
+        want, end = gated_delta(q, k, v, log_g, mx.sigmoid(b))
+    rounding = distance(want.astype(dtype), want)
+    return max(0.0, distance(y, want) - 2 * rounding, distance(last, end))
 
 
 def gated_delta(
