@@ -31,12 +31,18 @@ def inputs(*shape, seed=1):
 
 @pytest.mark.parametrize("block", [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384])
 def test_rotation_by_every_power_of_two(block):
-    assert rotate._error(block, mx.float16) < 5e-4
+    assert rotate._error(block, "as they are", mx.float16) < 5e-4
 
 
 @pytest.mark.parametrize("block", [96, 192, 384, 768, 1536, 3072, 6144, 12288])
 def test_rotation_by_every_twelve_times_a_power_of_two(block):
-    assert rotate._error(block, mx.float16) < 5e-4
+    assert rotate._error(block, "as they are", mx.float16) < 5e-4
+
+
+@pytest.mark.parametrize("kind", ["activated", "answers"])
+@pytest.mark.parametrize("block", [64, 192, 2048, 12288])
+def test_rotation_of_gated_values(block, kind):
+    assert rotate._error(block, kind, mx.float16) < 5e-4
 
 
 def test_halves_of_any_size_of_inputs_keep_their_digits(on_cuda):

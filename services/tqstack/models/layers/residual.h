@@ -10,6 +10,17 @@ struct ResidualCall {
   float epsilon;
 };
 
+// memory: THREADS / 32 floats that nobody else uses until the next barrier.
+template <int THREADS>
+FN float block_sum(float x, SHARED(float) memory, int tid) {
+  x = warp_sum(x);
+  if (tid % 32 == 0) memory[tid / 32] = x;
+  block_sync();
+  float total = 0;
+  UNROLL for (int warp = 0; warp < THREADS / 32; warp++) total += memory[warp];
+  return total;
+}
+
 template <int TERMS, bool SCORED, bool NORMED, typename T>
 FN void residual(IN(T) stream, IN(T) terms, IN(float) scores, IN(T) weight, IN(ResidualCall) call,
                  OUT(T) sum, OUT(T) normed, SHARED(float) memory, int tid, int token) {

@@ -100,28 +100,53 @@ struct ToInputs {
 };
 
 struct RotateCall {
-  int blocks;  // of Hadamard, in a row
+  int blocks;       // of Hadamard, in a row
+  int group;        // rows whose gates lie side by side, and then what these are for
+  int head;         // values of a head of attention
+  int stride;       // from one head's gate to the next one's
+  int gates_width;  // from one token's gates to the next one's
+};
+
+// Where rows come from: they are there, or gates times what these are for.
+template <typename T>
+struct AsTheyAre {
+  IN(T) x;
+  int width;
+  FN float at(int row, int i) const { return to_float(x[size_t(row) * width + i]); }
+};
+
+// silu(gate) * up of neighbours' MLPs, such as a token's experts.
+template <typename T>
+struct Activated {
+  IN(T) x;
+  int width, group;
+  FN float at(int row, int i) const {
+    IN(T) from = x + (size_t(row / group) * 2 * group + row % group) * width + i;
+    const float gate = to_float(from[0]), up = to_float(from[size_t(group) * width]);
+    return to_float(from_float<T>(gate / (1 + exp(-gate)) * up));
+  }
+};
+
+// Attention's answers times the sigmoid of gates, which lie behind each head's query.
+template <typename T>
+struct GatedAnswers {
+  IN(T) x;
+  IN(T) gates;
+  int width, head, stride, gates_width;
+  FN float at(int row, int i) const {
+    const float gate = to_float(gates[size_t(row) * gates_width + i / head * stride + i % head]);
+    const float answer = to_float(x[size_t(row) * width + i]);
+    return to_float(from_float<T>(answer / (1 + exp(-gate))));
+  }
 };
 
 // Rotated halves of a row, as large as can be without an overflow; `scale` makes them its rotation.
-// A block of threads takes TEAMS of a row's Hadamard blocks.
-template <int M, int P, int TEAM, int TEAMS, typename T>
-FN void rotate(IN(T) x, IN(float) signs, IN(RotateCall) call, OUT(half_t) halves, OUT(float) scale,
-               SHARED(float) memory, int tid, int part, int row) {
-  typedef Rotation<M, P, TEAM, TEAMS> R;
-  const int place = tid % TEAM, block = part * TEAMS + tid / TEAM, width = call->blocks * R::BLOCK;
-  const bool there = block < call->blocks;
-  const int first = there ? block * R::BLOCK : 0;
-  x += size_t(row) * width;
-  float values[R::VALUES], most = 0;
-  UNROLL for (int i = 0; i < R::VALUES; i++) {
-    const int at = first + i * TEAM + place;
-    values[i] = to_float(x[at]);
-    most = fmax(most, fabs(values[i]));
-    values[i] *= signs[at];
-  }
-  if (call->blocks > TEAMS)
-    for (int i = tid; i < width; i += R::THREADS) most = fmax(most, fabs(to_float(x[i])));
+// values: of this thread, with their signs, TEAM apart from `first + place` on. most: the largest of
+// the row that this thread has seen.
+template <typename R, int M>
+FN void rotate_held(LOCAL float (&values)[R::VALUES], float most, OUT(half_t) halves,
+                    OUT(float) scale, bool there, bool first, SHARED(float) memory, int tid,
+                    int place) {
   most = warp_max(most);
   if (R::THREADS > 32) {
     if (tid % 32 == 0) memory[tid / 32] = most;
@@ -133,7 +158,51 @@ FN void rotate(IN(T) x, IN(float) signs, IN(RotateCall) call, OUT(half_t) halves
   const float exponent = fmax(-100.0f, fmin(100.0f, float(floor(room))));
   const float factor = fast_exp2(exponent);
   UNROLL for (int i = 0; i < R::VALUES; i++) values[i] *= factor;
-  const ToInputs out = {halves + size_t(row) * width + first, there};
+  const ToInputs out = {halves, there};
   hadamard_block<R, M>(values, out, memory, tid, place);
-  if (part == 0 && tid == 0) scale[row] = fast_exp2(-exponent) / sqrt(float(R::BLOCK));
+  if (first) scale[0] = fast_exp2(-exponent) / sqrt(float(R::BLOCK));
+}
+
+// A block of threads takes TEAMS of a row's Hadamard blocks.
+template <int M, int P, int TEAM, int TEAMS, typename From>
+FN void rotate_from(const From from, IN(float) signs, int blocks, OUT(half_t) halves,
+                    OUT(float) scale, SHARED(float) memory, int tid, int part, int row) {
+  typedef Rotation<M, P, TEAM, TEAMS> R;
+  const int place = tid % TEAM, block = part * TEAMS + tid / TEAM, width = blocks * R::BLOCK;
+  const bool there = block < blocks;
+  const int first = there ? block * R::BLOCK : 0;
+  float values[R::VALUES], most = 0;
+  UNROLL for (int i = 0; i < R::VALUES; i++) {
+    const int at = first + i * TEAM + place;
+    values[i] = from.at(row, at);
+    most = fmax(most, fabs(values[i]));
+    values[i] *= signs[at];
+  }
+  if (blocks > TEAMS)
+    for (int i = tid; i < width; i += R::THREADS) most = fmax(most, fabs(from.at(row, i)));
+  rotate_held<R, M>(values, most, halves + size_t(row) * width + first, scale + row, there,
+                    part == 0 && tid == 0, memory, tid, place);
+}
+
+template <int M, int P, int TEAM, int TEAMS, typename T>
+FN void rotate(IN(T) x, IN(float) signs, IN(RotateCall) call, OUT(half_t) halves, OUT(float) scale,
+               SHARED(float) memory, int tid, int part, int row) {
+  const AsTheyAre<T> from = {x, call->blocks * (M * P)};
+  rotate_from<M, P, TEAM, TEAMS>(from, signs, call->blocks, halves, scale, memory, tid, part, row);
+}
+
+template <int M, int P, int TEAM, int TEAMS, typename T>
+FN void rotate_activated(IN(T) x, IN(float) signs, IN(RotateCall) call, OUT(half_t) halves,
+                         OUT(float) scale, SHARED(float) memory, int tid, int part, int row) {
+  const Activated<T> from = {x, call->blocks * (M * P), call->group};
+  rotate_from<M, P, TEAM, TEAMS>(from, signs, call->blocks, halves, scale, memory, tid, part, row);
+}
+
+template <int M, int P, int TEAM, int TEAMS, typename T>
+FN void rotate_answers(IN(T) x, IN(T) gates, IN(float) signs, IN(RotateCall) call,
+                       OUT(half_t) halves, OUT(float) scale, SHARED(float) memory, int tid,
+                       int part, int row) {
+  const GatedAnswers<T> from = {x, gates + call->stride - call->head, call->blocks * (M * P), call->head,
+                                call->stride, call->gates_width};
+  rotate_from<M, P, TEAM, TEAMS>(from, signs, call->blocks, halves, scale, memory, tid, part, row);
 }

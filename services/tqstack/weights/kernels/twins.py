@@ -59,6 +59,21 @@ def restored(x: Rotated) -> mx.array:
     return natural.astype(mx.float32) * scale
 
 
+def activated(both: mx.array) -> mx.array:
+    """(B, 2 n, 1, K), gates and then what these are for -> (B, n, 1, K) in their type."""
+    gate, up = mx.split(both.astype(mx.float32), 2, axis=1)
+    return (gate * mx.sigmoid(gate) * up).astype(both.dtype)
+
+
+def gated(answers: mx.array, gates: mx.array, stride: int) -> mx.array:
+    """(B, heads, 1, D) and (B, width), where a head's gate is the last D of `stride` ->
+    (B, 1, heads D)."""
+    B, heads, _, D = answers.shape
+    own = gates[:, : heads * stride].reshape(B, heads, 1, stride)[..., -D:].astype(mx.float32)
+    gated = answers.astype(mx.float32) * mx.sigmoid(own)
+    return gated.astype(answers.dtype).reshape(B, 1, heads * D)
+
+
 def weights(weight: mx.array, scales: mx.array, code: Code) -> mx.array:
     """(..., N, K) float32, rotated."""
     return code.decode(weight) * scales.astype(mx.float32)[..., None]
