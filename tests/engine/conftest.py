@@ -34,17 +34,23 @@ def tiny(runtime):
     """Makes runtimes of tiny random models: fast, and of every family."""
     models = cache(build)
 
-    def make(name: str = "qwen3-next", codecs: str | None = "tq4", **cache_options) -> Runtime:
-        spec = ModelSpec.of(name, "", CONFIGS[name])
+    def make(
+        name: str = "qwen3-next",
+        codecs: str | None = "tq4",
+        vocabulary: int = VOCABULARY,
+        **cache_options,
+    ) -> Runtime:
+        spec = ModelSpec.of(name, "", {**CONFIGS[name], "vocab_size": vocabulary})
         own = CacheSpec(KVCodecs.parse(codecs) if codecs else None, **cache_options)
-        plan, compressed = measure(spec, models(name), own, Machine(1 << 30, 256, 4))
+        model = models(name, vocabulary)
+        plan, compressed = measure(spec, model, own, Machine(1 << 30, 256, 4))
         return replace(
             runtime,
-            spec=replace(spec, layers=layer_kinds(own.make(models(name)))),
+            spec=replace(spec, layers=layer_kinds(own.make(model))),
             cache=own,
             plan=plan,
             compressed_layers=compressed,
-            model=models(name),
+            model=model,
             prefill_step=256,
             fingerprint=f"{name} {own}",
         )

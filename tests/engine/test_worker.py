@@ -1,114 +1,17 @@
-"""The live engine on the demo model: memory is bounded after every step, nothing is lost, and what
-was kept changes no number."""
+"""The live engine on the demo model: nothing is lost, and what was kept changes no number."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import replace
 
-import mlx.core as mx
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
+from engine.books import check, empty, limited
 from engine.jobs import answer, finished, submit
 from tqstack.engine.budget import SMALLEST_CHUNK
-from tqstack.engine.disk import DiskStore
-from tqstack.engine.jobs import JobError, Progress, Removed
-from tqstack.engine.sampling import Sampling
+from tqstack.engine.jobs import JobError, Progress
 from tqstack.engine.worker import Worker
-
-LIVE = settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
-
-def limited(runtime, tokens, sequences=1, prefixes=64 << 20, **changes):
-    """The runtime with room for so many sequences of so many tokens, at full chunks."""
-    plan = runtime.plan
-    room = sequences * plan.request_bytes(tokens) + plan.workspace
-    small = replace(plan, budget=plan.weights + room + (1 << 20))
-    return replace(runtime, plan=small, prefix_cache_bytes=prefixes, **changes)
-
-
-def check(worker):
-    """Every book agrees with what is held, and all of it fits."""
-    pool, budget, store = worker._pool, worker._budget, worker._prefixes.store
-    pool.check_integrity()
-    assert sum(worker.memory()["parts"].values()) <= budget.limit
-    assert budget.committed <= budget.limit
-    assert pool.blocks_free >= budget._due()
-    assert store.state_bytes == sum(n.checkpoint.state_bytes for n in store.nodes())
-    assert store.nbytes <= store.limit
-    running = [t.running for t in worker._tracked.values() if t.running is not None]
-    held = {block for one in running for block in worker._model.blocks_of(one)}
-    held |= {block for node in store.nodes() for block in node.checkpoint.blocks}
-    assert pool.blocks_used == len(held)
-
-
-def empty(worker):
-    """Whether nothing is left behind but prefixes, and nothing without them."""
-    assert not worker.busy and not worker._model.batch and not worker._budget._promises
-    worker._prefixes.store.clear()
-    return worker._pool.blocks_used == 0
-
-
-@LIVE
-@given(st.integers(0, 2**32), st.sampled_from([700, 1500]), st.sampled_from([1, 2]))
-def test_memory_stays_within_the_budget_after_every_step(tiny, noise, seed, tokens, sequences):
-    drive(tiny(), noise, seed, tokens, sequences)
-
-
-def test_memory_stays_within_the_budget_on_the_demo_model(runtime, text):
-    drive(runtime, text, 1, 1500, 2)
-
-
-def test_memory_stays_within_the_budget_while_prefixes_are_written(tiny, noise, tmp_path):
-    runtime = tiny()
-    disk = DiskStore(tmp_path, 1 << 30, runtime.fingerprint)
-    drive(runtime, noise, 5, 1500, 2, disk)
-    disk.close()
-    assert disk.written
-
-
-def drive(runtime, text, seed, tokens, sequences, disk=None):
-    """Prompts of any length come and go; books, bytes and answers are checked all the while."""
-    rng = random.Random(seed)
-    worker = Worker(limited(runtime, tokens, sequences), gap=0.2, disk=disk)
-    mx.clear_cache()
-    others = mx.get_active_memory() - runtime.plan.weights
-    mx.reset_peak_memory()
-    jobs, gone = [], set()
-    for _ in range(14):
-        for _ in range(rng.randint(0, 3)):
-            start = rng.choice([0, 0, 400, rng.randint(0, 30_000)])
-            prompt = text[start : start + rng.randint(2, tokens)]
-            sampling = Sampling(temperature=rng.choice([0.0, 1.0]), seed=rng.randint(0, 9))
-            jobs.append(submit(worker, prompt, rng.randint(1, 30), sampling))
-        if jobs and rng.random() < 0.3:
-            job, _ = rng.choice(jobs)
-            gone.add(job.id)
-            worker.cancel(job)
-            check(worker)
-        for _ in range(rng.randint(1, 12)):
-            if worker.busy:
-                worker.step()
-                check(worker)
-            else:
-                worker.rest()
-    while worker.busy:
-        worker.step()
-        check(worker)
-    assert mx.get_peak_memory() - others <= worker._budget.limit
-    for job, events in jobs:
-        last = None
-        while not events.empty():
-            last = events.get()
-        if isinstance(last, Removed):
-            assert job.id in gone
-        elif not getattr(last, "finish_reason", None):
-            assert last.error.code == "insufficient_memory" and job.longest > tokens
-    assert empty(worker)
 
 
 def test_a_thousand_requests_leave_no_block_job_or_checkpoint_behind(tiny, noise):

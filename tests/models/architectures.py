@@ -172,9 +172,9 @@ CONFIGS = {
 }
 
 
-def build(name: str, dtype: mx.Dtype = mx.float32) -> nn.Module:
+def build(name: str, vocabulary: int = VOCABULARY, dtype: mx.Dtype = mx.float32) -> nn.Module:
     """The model, with noise in every weight, made ready for this machine."""
-    model = unadapted(CONFIGS[name])
+    model = unadapted({**CONFIGS[name], "vocab_size": vocabulary})
     model.set_dtype(dtype)
     mx.eval(model.parameters())
     adapt(model)

@@ -7,7 +7,7 @@ first, and those that a waiting job will use last. Before a job is refused its c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from tqstack.attention.blocks import BLOCK_TOKENS
@@ -28,6 +28,8 @@ class Costs:
         block: of a block in all compressed layers.
         token: of a token in layers that have no pool; batches are padded there.
         workspace: of a step that reads so many tokens.
+        logits: of so many sequences of which a token is drawn and so many prompt tokens that are
+            measured at once, beyond what the workspace counts.
         exact: tokens that a query sees unpacked, beside its own block.
     """
 
@@ -37,6 +39,7 @@ class Costs:
     block: int
     token: int
     workspace: Callable[[int], int]
+    logits: Callable[[int, int], int] = lambda drawn, measured: 0
     exact: int = 0
     block_tokens: int = BLOCK_TOKENS
 
@@ -54,6 +57,7 @@ class Promise:
     tokens: int
     blocks: int
     chunk: int
+    measured: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,13 @@ class Wish:
         tokens: at its longest.
         node: the checkpoint that it goes on from.
         shared: blocks that it shares otherwise.
+        measured: tokens of its prompt whose log-probabilities are told at once.
     """
 
     tokens: int
     node: Node | None = None
     shared: int = 0
+    measured: int = 0
 
 
 class Budget:
@@ -109,8 +115,11 @@ class Budget:
         """Blocks that were promised, and not taken yet."""
         return sum(max(0, p.blocks - self._held(job)) for job, p in self._promises.items())
 
-    def _workspace(self, promises: Iterable[Promise]) -> int:
-        return max((self._costs.workspace(p.chunk) for p in promises), default=0)
+    def _workspace(self, promises: Collection[Promise]) -> int:
+        """While a chunk is read, the batch's tokens may still be drawn."""
+        reading = max((self._costs.workspace(p.chunk) for p in promises), default=0)
+        measured = max((p.measured for p in promises), default=0)
+        return reading + self._costs.logits(sum(p.chunk > 0 for p in promises), measured)
 
     def _fixed(self, promises: list[Promise]) -> int:
         """All that is no prefix and not in the pool."""
@@ -136,12 +145,13 @@ class Budget:
                 return promise.chunk
         return 0
 
-    def longest(self) -> int:
-        """Tokens of the longest sequence that `alone` lets in."""
+    def longest(self, measured: int = 0) -> int:
+        """Tokens of the longest sequence that `alone` lets in; `measured` as in `Wish`."""
         low, high = 0, 1 << 32
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.alone(Wish(middle)) else (low, middle - 1)
+            fits = self.alone(Wish(middle, measured=measured))
+            low, high = (middle, high) if fits else (low, middle - 1)
         return low
 
     def admit(self, job: int, wish: Wish, kept: set[Node]) -> int:
@@ -185,7 +195,7 @@ class Budget:
         """What the job may need, in chunks of half the size again and again."""
         blocks, chunk = self._costs.blocks(wish.tokens), self._chunk
         while True:
-            yield Promise(wish.tokens, blocks, chunk)
+            yield Promise(wish.tokens, blocks, chunk, wish.measured)
             if chunk <= SMALLEST_CHUNK:
                 return
             chunk = max(SMALLEST_CHUNK, chunk // 2)

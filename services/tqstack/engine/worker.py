@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -97,6 +98,7 @@ class Worker:
             block=pool.block_bytes if pool else 0,
             token=0 if pool else plan.per_token,
             workspace=self.runtime.workspace,
+            logits=self.runtime.logits_bytes,
             exact=self.runtime.exact_tokens,
         )
 
@@ -169,11 +171,12 @@ class Worker:
     def _refusal(self, job: Job, code: str) -> JobError:
         if code == "queue_full":
             return JobError(code, f"{self._scheduler.waits} requests wait already; try again later")
+        longest = self._budget.longest(_wish(job).measured)
         return JobError(
             code,
             f"{job.prompt_tokens} prompt tokens and up to {job.max_tokens} more do not fit in "
-            f"memory; {self._budget.longest()} tokens in all would. Shorten the prompt, set fewer "
-            "TQ_KV_BITS, or more SIDECAR_MEMORY_MB",
+            f"memory; {longest} tokens in all would. Shorten the prompt, set fewer TQ_KV_BITS, or "
+            "more SIDECAR_MEMORY_MB",
         )
 
     def _fail(self, gone: list[Tracked], error: JobError) -> None:
@@ -276,19 +279,19 @@ class Worker:
     # -- room: what the scheduler asks -----------------------------------------------------------
 
     def alone(self, job: int) -> bool:
-        return self._budget.alone(Wish(self._tracked[job].job.longest)) > 0
+        return self._budget.alone(_wish(self._tracked[job].job)) > 0
 
     def admit(self, job: int) -> Admission | None:
         tracked = self._tracked[job]
         if (fork := tracked.fork) and fork.ready:
-            wish = Wish(tracked.job.longest, shared=fork.blocks)
+            wish = replace(_wish(tracked.job), shared=fork.blocks)
             if chunk := self._budget.admit(job, wish, self._wanted()):
                 return self._begin(tracked, NOTHING, chunk)
             if self._scheduler.runs:
                 return None
             fork.drop()  # it takes the last room
         for source, kept in self._choices(self._found(tracked)):
-            wish = Wish(tracked.job.longest, source.node)
+            wish = replace(_wish(tracked.job), node=source.node)
             if chunk := self._budget.admit(job, wish, kept):
                 return self._begin(tracked, source, chunk)
         return None
@@ -390,3 +393,8 @@ class Worker:
     def _measure(self) -> None:
         self._measured_at = time.monotonic()
         self._measured = self._meter.measure(self._tracked.values())
+
+
+def _wish(job: Job) -> Wish:
+    """What a job needs by itself."""
+    return Wish(job.longest, measured=0 if job.prompt_logprobs is None else MEASURED_CHUNK)

@@ -51,6 +51,7 @@ class Geometry:
         head_dim: of a query head, the largest.
         feed_forward: intermediate values of a token in a feed-forward layer: experts that run,
             and the shared one.
+        vocabulary: logits of a token.
         recurrence: float32 values of the work on a token in a recurrent layer.
         recurrence_chunk: float32 values of that work however many tokens there are.
     """
@@ -61,6 +62,7 @@ class Geometry:
     query_heads: int
     head_dim: int
     feed_forward: int
+    vocabulary: int = 0
     recurrence: int = 0
     recurrence_chunk: int = 0
 

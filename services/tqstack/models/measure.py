@@ -13,7 +13,7 @@ from tqstack.attention.cache import TurboQuantKVCache
 from tqstack.attention.dispatch import prove
 from tqstack.models.cache_spec import CacheSpec
 from tqstack.models.geometry import Kind
-from tqstack.models.plan import SLACK, Machine, Plan, prefill_workspace
+from tqstack.models.plan import SLACK, Machine, Plan, logits_bytes, prefill_workspace
 from tqstack.models.spec import ModelSpec
 from tqstack.settings import SettingsError
 
@@ -56,7 +56,7 @@ def measure(
     if spec.geometry is not None:
         workspace = prefill_workspace(spec.geometry, machine.prefill_step, machine.value_bytes)
     else:
-        workspace = _workspace(model, cache, machine.prefill_step)
+        workspace = _workspace(spec, model, cache, machine.prefill_step)
     plan = Plan(
         budget=machine.budget,
         weights=_nbytes(model.parameters()),
@@ -103,14 +103,15 @@ def _fixed_bytes(entry: Any) -> int:
     return entry.nbytes
 
 
-def _workspace(model: nn.Module, cache: CacheSpec, tokens: int) -> int:
+def _workspace(spec: ModelSpec, model: nn.Module, cache: CacheSpec, tokens: int) -> int:
     """Bytes that a step of `tokens` and one of a token behind it take beside weights and cache."""
     entries = cache.make(model)
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     _read(model, entries, tokens, cache)
     held = mx.get_active_memory() - before
-    return mx.get_peak_memory() - before - held + SLACK
+    drawing = logits_bytes(spec.vocabulary, drawn=1)
+    return mx.get_peak_memory() - before - held + drawing + SLACK
 
 
 def _read(model: nn.Module, entries: list[Any], tokens: int, cache: CacheSpec) -> None:

@@ -15,8 +15,9 @@ from tqstack.models.geometry import Geometry
 
 MIB = 1 << 20
 KEY_TILE = 1024  # of tqstack.attention.tiled
+QUERY_BLOCK = 128  # the same on a CPU
 SPAN_BYTES = 64 << 20  # of tqstack.attention.kernels.prefill
-SLACK = 24 * MIB  # of a prefill step: what has no formula
+SLACK = 4 * MIB  # of a prefill step: small arrays that have no formula
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class Plan:
 
 
 def prefill_workspace(geometry: Geometry, tokens: int, value_bytes: int) -> int:
-    """Bytes that a prefill step of `tokens` needs beside weights and caches, at most.
+    """Bytes that a prefill step of `tokens`, and then a token of one sequence, need beside weights
+    and caches, at most.
 
     Attention in tiles holds some tiles of scores and the running outputs, all in float32, and as a
     kernel two spans of keys and values as halves, and sums of all query rows; so does the
@@ -99,7 +101,7 @@ def prefill_workspace(geometry: Geometry, tokens: int, value_bytes: int) -> int:
     """
     g, on_cpu = geometry, value_bytes == 4  # float32 there, and no kernels
     rows = 4 * g.query_heads * tokens
-    tiles = rows * (3 * KEY_TILE + 4 * g.head_dim)
+    tiles = _tiles_on_a_cpu(g, tokens) if on_cpu else rows * (3 * KEY_TILE + 4 * g.head_dim)
     if not on_cpu:
         tiles = max(tiles, 2 * SPAN_BYTES + rows * 6 * g.head_dim)
     # MLX's own attention, which windows have: scores, their softmax, and a copy.
@@ -111,7 +113,37 @@ def prefill_workspace(geometry: Geometry, tokens: int, value_bytes: int) -> int:
     feed_forward = value_bytes * tokens * (4 * g.hidden + gated * g.feed_forward)
     # The step's keys and values are exact until its last block is packed.
     exact = value_bytes * tokens * sum(layer.token_values for layer in g.softmax)
-    return attention + recurrence + feed_forward + exact + SLACK
+    drawing = logits_bytes(g.vocabulary, drawn=1)
+    return attention + recurrence + feed_forward + exact + drawing + SLACK
+
+
+def _tiles_on_a_cpu(geometry: Geometry, tokens: int) -> int:
+    """Bytes of a prompt's attention in tiles on a CPU, at most.
+
+    MLX sends some fifty operations off before they are run, and what they return exists from then
+    on. Of a tile's scores that is the product, what the mask leaves of it, its distance from the
+    maximum, and the five arrays of an exponential (`attention/exponential.py`), of all query
+    tokens; and as many of four more blocks of queries in the tile that comes next. The tile's keys
+    and values are there as codes' levels, scaled, and in the order of heads.
+    """
+    g = geometry
+    rows, block = (4 * g.query_heads * n for n in (tokens, min(tokens, QUERY_BLOCK)))
+    decoded = 4 * KEY_TILE * max((layer.token_values for layer in g.softmax), default=0)
+    return KEY_TILE * (8 * rows + 4 * block) + 3 * decoded + 4 * rows * g.head_dim
+
+
+def logits_bytes(vocabulary: int, drawn: int, measured: int = 0) -> int:
+    """Bytes of logits in float32, and of what is made of them, at most.
+
+    Args:
+        drawn: sequences of which a token is drawn. With all sampling parameters that takes 14
+            arrays of one sequence and 5 of each where there are many (some of them are sent off
+            before others are run); log-probabilities take 4 of each.
+        measured: tokens of a prompt whose log-probabilities are told: logits in the model's type
+            and in float32, log-probabilities, their negatives and the order of these.
+    """
+    drawing = 9 * drawn + 18 if drawn else 0
+    return 4 * vocabulary * (drawing + 6 * measured)
 
 
 def geometric_plan(

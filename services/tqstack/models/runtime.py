@@ -20,7 +20,7 @@ from tqstack.models.cache_spec import CacheSpec, read_cache_spec
 from tqstack.models.device import this_machine
 from tqstack.models.load import load_model
 from tqstack.models.measure import layer_kinds, measure
-from tqstack.models.plan import Machine, Plan, prefill_workspace
+from tqstack.models.plan import Machine, Plan, logits_bytes, prefill_workspace
 from tqstack.models.planning import Facts
 from tqstack.models.search_cost import affords
 from tqstack.models.spec import ModelSpec
@@ -86,6 +86,12 @@ class Runtime(Facts):
         if self.spec.geometry is None:
             return -(-self.plan.workspace * tokens // self.prefill_step)
         return prefill_workspace(self.spec.geometry, tokens, this_machine().value_bytes)
+
+    def logits_bytes(self, drawn: int, measured: int) -> int:
+        """Bytes of logits and what is made of them, beyond those of one sequence, which the
+        workspace counts; parameters as in `plan.logits_bytes`."""
+        one = logits_bytes(self.spec.vocabulary, 1)
+        return max(0, logits_bytes(self.spec.vocabulary, drawn, measured) - one)
 
 
 def load_runtime(settings: Settings) -> Runtime:

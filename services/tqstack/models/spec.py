@@ -13,7 +13,7 @@ from typing import Any
 
 from tqstack import demo_model
 from tqstack.models.families import read_geometry
-from tqstack.models.families.sizes import context_length
+from tqstack.models.families.sizes import context_length, size, text_config
 from tqstack.models.geometry import Geometry, Kind, UnknownGeometryError
 
 
@@ -49,6 +49,11 @@ class ModelSpec:
     @property
     def context_length(self) -> int:
         return context_length(self.config)
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a token; 0: unknown."""
+        return size(text_config(self.config), "vocab_size", 0)
 
     @property
     def softmax_layers(self) -> list[int]:

@@ -68,6 +68,7 @@ def geometry(text: Mapping[str, Any], layers: Sequence[Layer], **changes: int) -
         "context_length": context_length(text),
         "hidden": size(text, "hidden_size"),
         "query_heads": size(text, "num_attention_heads"),
+        "vocabulary": size(text, "vocab_size", 0),
     }
     if "head_dim" not in changes:
         fields["head_dim"] = head_dim(text)
