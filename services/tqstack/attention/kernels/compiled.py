@@ -1,8 +1,9 @@
 """CUDA kernels as machine code, made once and kept from start to start.
 
-`mx.fast.cuda_kernel` compiles at every start, behind headers that take longer than our kernels, 1 to
-3 s for each. MLX's folder of compiled code (MLX_PTX_CACHE_DIR) is read for every kernel all the same,
-precompiled ones included: there we put ours, and launch them by name, without any source.
+`mx.fast.cuda_kernel` compiles at every start, behind headers of MLX's that take longer than our
+kernels: 1 to 3 s for each. MLX's folder of compiled code (MLX_PTX_CACHE_DIR) is read for every
+kernel all the same, precompiled ones included: we put ours there, and launch them by name, without
+any source.
 """
 
 from __future__ import annotations
