@@ -121,7 +121,7 @@ def test_the_plan_of_a_config_is_what_the_loaded_model_holds(
     machine = Machine(1 << 40, prefill_step=256, value_bytes=dtype.size)
     spec = ModelSpec.of(name, "", CONFIGS[name])
     if dtype != mx.float32:
-        model = build(name, dtype)
+        model = build(name, dtype=dtype)
         monkeypatch.setattr(mx, "gather_mm", in_float32)
     measured, _ = measure(spec, model, read_cache_spec(settings), machine)
     assert plan_spec(settings, spec, machine, measured.weights) == measured
