@@ -114,7 +114,9 @@ def _error(bits: int, group_size: int, dtype: mx.Dtype) -> float:
     x = random(experts.size, 1, inputs, seed=1).astype(dtype)
     got = sorted_products(x, experts, *packed, group_size, bits)
     with mx.stream(mx.cpu):
-        weights = mx.dequantize(*packed, group_size, bits).astype(mx.float32)
+        codes, scales, biases = packed  # in float32, and rounded once, as in the kernel
+        exact = scales.astype(mx.float32), biases.astype(mx.float32)
+        weights = mx.dequantize(codes, *exact, group_size, bits).astype(dtype).astype(mx.float32)
         want = x.astype(mx.float32) @ weights[experts].swapaxes(-1, -2)
     rounding = distance(want.astype(dtype), want)
     return max(0.0, distance(got, want) - 2 * rounding)
