@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -151,6 +153,15 @@ def test_signs_are_the_same_for_ever():
     first = "".join("+" if sign > 0 else "-" for sign in rotation.signs(32).tolist())
     assert first == "-++-+++-+-+-----+-+----+--++---+"
     assert not mx.array_equal(rotation.signs(64), rotation.signs(64, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("bits", "digest"), [(2, "d6e0c1c2736ceae1"), (3, "f98866d1119db9d6"), (4, "de2504de660145de")]
+)
+def test_levels_of_the_trellis_are_the_same_for_ever(bits, digest):
+    """Stored models depend on them."""
+    levels = make_code("trellis", bits).levels.astype(np.float16)
+    assert hashlib.sha256(levels.tobytes()).hexdigest()[:16] == digest
 
 
 @pytest.mark.parametrize(("name", "bits"), [("trellis", 5), ("best", 3), ("lloyd", 1)])

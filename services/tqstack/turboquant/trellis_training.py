@@ -1,7 +1,8 @@
 """How the trellis codebooks in codebooks/ were made.
 
     python -m tqstack.turboquant.trellis_training 4 tcq4-l8.npy
-    ... 4 4-l10.npy --window 10 --rounds 500 --vectors 3072 --seeds 1    (weights/codebooks)
+    ... 3 3-l10.npy --window 10 --rounds 500 --vectors 3072 --seeds 1    (weights/codebooks; at 4
+    bits --rounds 400 --noise 0.05 --seeds 2)
 
 Generalised Lloyd on the trellis, on random directions and never on a model's keys or values: code
 random vectors, move each level to the mean of the values that chose it, repeat. Noise on the
@@ -18,15 +19,21 @@ from .viterbi import tail_biting_path
 
 _BATCH, _DIM = 128, 256
 _INERTIA = 4.0  # counts that a level's old value is worth, so that rare levels move slowly
-_NOISE = {1: 0.5, 2: 0.35, 3: 0.2, 4: 0.08}  # standard deviations, at the start
+NOISE = {1: 0.5, 2: 0.35, 3: 0.2, 4: 0.08}  # standard deviations, at the start
 
 
 def train_codebook(
-    bits: int, window: int, *, rounds: int = 400, vectors: int = 1280, seed: int = 0
+    bits: int,
+    window: int,
+    *,
+    rounds: int = 400,
+    vectors: int = 1280,
+    noise: float | None = None,
+    seed: int = 0,
 ) -> np.ndarray:
     """(2^L,) float16 levels for unit-variance coordinates, from Gaussian quantiles in random order.
 
-    vectors: that a round codes, at least a few thousand values for every level.
+    vectors: that a round codes. noise: at the start; None: what suits 256 levels.
 
     Rounding differences between machines end up in the levels: the shipped files are the
     codebooks, this is their origin.
@@ -35,8 +42,8 @@ def train_codebook(
     levels = np.sort(rng.standard_normal((1 << window, 512)), axis=0).mean(axis=1)
     codebook = rng.permutation(levels).astype(np.float32)
     for i in range(rounds):
-        noise = _NOISE[bits] * max(1 - i / (0.8 * rounds), 0)
-        codebook += noise * rng.standard_normal(codebook.shape).astype(np.float32)
+        heat = (noise or NOISE[bits]) * max(1 - i / (0.8 * rounds), 0)
+        codebook += heat * rng.standard_normal(codebook.shape).astype(np.float32)
         codebook = _lloyd_step(codebook, bits, vectors, rng)
     return codebook.astype(np.float16)
 
@@ -76,6 +83,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=400)
     parser.add_argument("--vectors", type=int, default=1280)
+    parser.add_argument("--noise", type=float)
     arguments = parser.parse_args()
     best = np.inf
     for seed in range(arguments.seeds):
@@ -84,6 +92,7 @@ def main() -> None:
             arguments.window,
             rounds=arguments.rounds,
             vectors=arguments.vectors,
+            noise=arguments.noise,
             seed=seed,
         )
         error = squared_error(codebook, arguments.bits)
