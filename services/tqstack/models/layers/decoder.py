@@ -120,8 +120,8 @@ class RecurrentStep(_Step):
         return self.stream.give(out, normed)
 
     def _step(self, x: mx.array, normed: tuple[mx.array, ...], past: mx.array, state: mx.array):
-        projected = self.projections(Normed.of(*normed))[:, 0]
-        y, past, state = delta_token.token(projected, past, state, self.weights, self.sizes)
+        parts = [part[:, 0] for part in self.projections.apart(Normed.of(*normed))]
+        y, past, state = delta_token.token(parts, past, state, self.weights, self.sizes)
         return *self.finish(x, self.out(Normed(y))), past, state
 
 

@@ -3,7 +3,7 @@
 //
 // A block of threads per value head. DELTA_LANES neighbouring lanes own one row of the state at a time.
 // Heads that share a key head make its query and key anew; the first of them keeps what the next
-// token's convolution needs.
+// token's convolution needs. The gates' logits are part of the projections or an array of their own.
 
 CONST int TOKEN_THREADS = 512, DELTA_LANES = 8;
 
@@ -12,13 +12,14 @@ struct DeltaPart {
 };
 
 struct DeltaTokenCall {
-  int key_heads, value_heads, width;  // width: of the projections
+  int key_heads, value_heads;
+  int width, gates_width;  // of the projections, and of what b and a are in
   float epsilon;                      // of the output norm
   DeltaPart q, k, v, z, b, a;
 };
 
 template <int DK, int DV, int TAPS, typename T, typename R, typename D>
-FN void delta_token(IN(T) projected, IN(T) past, IN(float) state, IN(T) filters, IN(R) log_rate,
+FN void delta_token(IN(T) projected, IN(T) gate_logits, IN(T) past, IN(float) state, IN(T) filters, IN(R) log_rate,
                     IN(D) bias, IN(T) weight, IN(DeltaTokenCall) call, OUT(T) y, OUT(T) new_past,
                     OUT(float) new_state, SHARED(float) memory, int tid, int head, int batch) {
   constexpr int CHUNK = 4 * DELTA_LANES, N = DK / CHUNK, ROWS = TOKEN_THREADS / DELTA_LANES;
@@ -80,9 +81,10 @@ FN void delta_token(IN(T) projected, IN(T) past, IN(float) state, IN(T) filters,
   block_sync();
   // Unit vectors, but for an epsilon; queries carry the scale of the scores, too.
   const float query_factor = 1 / sqrt((sums[0] + 1e-6f) * DK), key_factor = 1 / sqrt(sums[1] + 1e-6f);
+  IN(T) logits = gate_logits + size_t(batch) * call->gates_width;
   const DeltaGates gates =
-      delta_gates(to_float(mine[call->a.first + key_head * call->a.group + sharer]),
-                  to_float(mine[call->b.first + key_head * call->b.group + sharer]),
+      delta_gates(to_float(logits[call->a.first + key_head * call->a.group + sharer]),
+                  to_float(logits[call->b.first + key_head * call->b.group + sharer]),
                   to_float(log_rate[head]), to_float(bias[head]));
 
   UNROLL for (int pass = 0; pass < PASSES; pass++) {

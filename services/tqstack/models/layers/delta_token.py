@@ -3,6 +3,7 @@ its twin in plain operations."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +25,10 @@ DELTA_TOKEN = Program(
     headers=(_FOLDER / "gated_delta.h", _FOLDER / "sums.h", _FOLDER / "delta_token.h"),
     call="""
 SHARED_ARRAY float memory[2 * DK + 2 * DV + 3];
-delta_token<DK, DV, TAPS>(projected, past, state, filters, log_rate, bias, weight,
+delta_token<DK, DV, TAPS>(projected, gates, past, state, filters, log_rate, bias, weight,
                           (IN(DeltaTokenCall))call, y, new_past, new_state, memory, tid, block.x,
                           block.y);""",
-    inputs=("projected", "past", "state", "filters", "log_rate", "bias", "weight", "call"),
+    inputs=("projected", "gates", "past", "state", "filters", "log_rate", "bias", "weight", "call"),
     outputs=("y", "new_past", "new_state"),
 )
 
@@ -107,25 +108,27 @@ Results = tuple[mx.array, mx.array, mx.array]
 
 
 def token(
-    projected: mx.array, past: mx.array, state: mx.array, weights: Weights, sizes: Sizes
+    parts: Sequence[mx.array], past: mx.array, state: mx.array, weights: Weights, sizes: Sizes
 ) -> Results:
     """One token of each sequence.
 
     Args:
-        projected: (B, width), what all input matrices say.
+        parts: (B, width) each, what the input matrices say, in the order of `sizes`.
         past: (B, taps - 1, channels), what the convolution still needs of tokens before.
         state: (B, value heads, value_dim, key_dim) float32.
 
     Returns:
         (B, 1, value heads x value_dim) for the output matrix, and the new past and state.
     """
-    dtype, like = projected.dtype, (past, weights.filters, weights.norm)
+    if [part.shape[-1] for part in parts[:-1]] not in ([], [min(sizes.b.first, sizes.a.first)]):
+        parts = [mx.concatenate(list(parts), axis=-1)]
+    dtype, like = parts[0].dtype, (*parts, past, weights.filters, weights.norm)
     same = all(x.dtype == dtype for x in like) and state.dtype == mx.float32
     variant = sizes.key_dim, sizes.value_dim, weights.filters.shape[1], dtype
     gates = weights.log_rate.dtype, weights.bias.dtype
     if same and _serves(sizes) and trusted("delta_token", *variant, *gates):
-        return stepped(projected, past, state, weights, sizes)
-    return stepped_plainly(projected, past, state, weights, sizes)
+        return stepped(parts, past, state, weights, sizes)
+    return stepped_plainly(parts, past, state, weights, sizes)
 
 
 def _serves(sizes: Sizes) -> bool:
@@ -135,17 +138,20 @@ def _serves(sizes: Sizes) -> bool:
 
 
 def stepped(
-    projected: mx.array, past: mx.array, state: mx.array, weights: Weights, sizes: Sizes
+    parts: Sequence[mx.array], past: mx.array, state: mx.array, weights: Weights, sizes: Sizes
 ) -> Results:
-    """`token` by the kernel."""
-    B, width = projected.shape
-    taps = weights.filters.shape[1]
-    parts = (n for part in sizes[4:] for n in part)
+    """`token` by the kernel: all projections in one part, or both gates' logits apart."""
+    projected, gates = parts[0], parts[-1]
+    (B, width), gates_width, taps = projected.shape, gates.shape[-1], weights.filters.shape[1]
+    apart = width if len(parts) == 2 else 0
+    in_gates = (part._replace(first=part.first - apart) for part in (sizes.b, sizes.a))
+    places = (n for part in (*sizes[4:-2], *in_gates) for n in part)
+    widths = width, gates_width
     y, new_past, new_state = DELTA_TOKEN(
         [
-            *(projected, past, state, weights.filters),
+            *(projected, gates, past, state, weights.filters),
             *(at_least_8(weights.log_rate), at_least_8(weights.bias), weights.norm),
-            struct(sizes.key_heads, sizes.value_heads, width, float(weights.eps), *parts),
+            struct(sizes.key_heads, sizes.value_heads, *widths, float(weights.eps), *places),
         ],
         template={"DK": sizes.key_dim, "DV": sizes.value_dim, "TAPS": taps},
         blocks=(sizes.value_heads, B, 1),
@@ -160,9 +166,10 @@ def stepped(
 
 
 def stepped_plainly(
-    projected: mx.array, past: mx.array, state: mx.array, weights: Weights, sizes: Sizes
+    parts: Sequence[mx.array], past: mx.array, state: mx.array, weights: Weights, sizes: Sizes
 ) -> Results:
     """`token` in plain operations."""
+    projected = mx.concatenate(list(parts), axis=-1)
     B, dtype = len(projected), projected.dtype
     Hk, Hv, Dk, Dv, ratio = *sizes[:4], sizes.ratio
 
@@ -207,9 +214,10 @@ def _error(
         state = random(2, 4, value_dim, key_dim, seed=6)
         for n in range(3):
             projected = random(2, width, seed=7 + n).astype(dtype)
-            got = stepped(projected, past, state, weights, sizes)
+            parts = [mx.contiguous(x) for x in mx.split(projected, [sizes.b.first], axis=-1)]
+            got = stepped(parts if n == 1 else [projected], past, state, weights, sizes)
             with mx.stream(mx.cpu):
-                inputs = projected.astype(mx.float32), past.astype(mx.float32)
+                inputs = [projected.astype(mx.float32)], past.astype(mx.float32)
                 want = stepped_plainly(*inputs, state, weights.in_float32(), sizes)
             worst = max(worst, beyond_rounding(got, want))
             past, state = got[1:]

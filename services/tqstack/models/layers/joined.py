@@ -89,8 +89,12 @@ class Projections:
 
     def __call__(self, x: Normed) -> mx.array:
         """(..., inputs) -> (..., outputs of all)"""
-        parts = [run(x) for run in self.runs]
+        parts = self.apart(x)
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+
+    def apart(self, x: Normed) -> list[mx.array]:
+        """(..., inputs) -> (..., outputs) of each product"""
+        return [run(x) for run in self.runs]
 
     @property
     def seed(self) -> int | None:
