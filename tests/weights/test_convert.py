@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import pytest
 
 from tqstack import demo_model
 from tqstack.models.load import expand
+from tqstack.weights import rotation
+from tqstack.weights.codes import make_code
 from tqstack.weights.convert import ConversionError, Options, convert
 from tqstack.weights.layers import Coded, CompressedSwitchLinear
 from tqstack.weights.recipe import layers_of, make_recipe, shape_of
@@ -147,8 +150,6 @@ def test_an_unfinished_folder_is_no_model_and_takes_no_other_options(tmp_path, m
 
 
 def test_a_full_disk_stops_before_a_weight_is_coded(tmp_path, monkeypatch):
-    import shutil
-
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(DiskFullError, match="still to be written"):
@@ -196,6 +197,31 @@ def test_a_mixed_recipe_gives_sensitive_layers_more_and_keeps_the_mean():
         return float(np.mean([b for path, b in recipe.bits.items() if path.endswith(kind)]))
 
     assert given("embed_tokens") > given("up_proj") > given("q_proj")
+
+
+def test_weights_of_multi_token_prediction_go_along_in_codes(folder_of, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(folder_of("qwen3.5"), source)
+    given = {
+        "mtp.fc.weight": mx.random.normal((128, 256)),
+        "mtp.norm.weight": mx.ones((128,)),
+        "mtp.layers.0.mlp.experts.down_proj": mx.random.normal((3, 128, 64)),
+    }
+    mx.save_safetensors(str(source / "model-mtp.safetensors"), given)
+    convert(source, tmp_path / "out", LLOYD)
+    load(tmp_path / "out")  # mlx-lm does not mind
+    held: Any = mx.load(str(tmp_path / "out" / "mtp.safetensors"))
+    code = make_code("lloyd", 4)
+    for name, shape in (
+        ("mtp.fc", (128, 256)),
+        ("mtp.layers.0.mlp.experts.down_proj", (3, 128, 64)),
+    ):
+        levels = code.decode(held[f"{name}.weight"]) * held[f"{name}.scales"][..., None]
+        wanted = given[name] if name in given else given[f"{name}.weight"]
+        found = rotation.unrotate(levels)
+        assert found.shape == shape
+        assert mx.square(found - wanted).mean() < 0.02 * mx.square(wanted).mean()
+    assert mx.array_equal(held["mtp.norm.weight"], given["mtp.norm.weight"])
 
 
 @pytest.mark.parametrize("options", [Options(3, "lloyd"), Options(2, "lloyd", qjl=True)])

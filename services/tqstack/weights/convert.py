@@ -19,7 +19,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 
-from tqstack.weights import calibrate
+from tqstack.weights import calibrate, mtp
 from tqstack.weights.codes import SIGN, make_code
 from tqstack.weights.encode import encode
 from tqstack.weights.loading import MODE, VERSION
@@ -105,6 +105,12 @@ def convert(
     conversion.code_layers({})
     conversion.copy_others()
     conversion.shards.write_index()
+    mtp.carry(
+        source,
+        destination,
+        make_code(options.code, round(options.bits)),
+        lambda matrix, code: encode(matrix, code, options.seed, residual=options.qjl),
+    )
     done = Converted(
         conversion.coded_bits,
         conversion.shards.total,
