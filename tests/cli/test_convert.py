@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import httpx
@@ -51,6 +52,21 @@ def test_generate_and_evaluate_take_a_converted_model(converted, tmp_path):
     arguments = ("evaluate", str(converted), "--against", "demo", "--tokens", "512", "--json")
     rows = json.loads(tqstack(tmp_path, *arguments).stdout)["rows"]
     assert rows[1]["bits_per_weight"] == pytest.approx(4.036, abs=0.002)
+
+
+def test_a_cut_file_or_an_unknown_format_is_said_in_a_sentence(converted, tmp_path):
+    cut, newer = tmp_path / "cut", tmp_path / "newer"
+    for folder in (cut, newer):
+        shutil.copytree(converted, folder)
+    shard = next(cut.glob("model-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    config = json.loads((newer / "config.json").read_text())
+    config["quantization"]["version"] = 99
+    (newer / "config.json").write_text(json.dumps(config))
+    for folder, said in ((cut, "should hold"), (newer, "update tqstack")):
+        result = tqstack(tmp_path, "generate", str(folder), "hi", "--max-tokens", "1")
+        assert result.returncode == 2 and said in " ".join(result.stderr.split())
+        assert "Traceback" not in result.stderr
 
 
 def test_a_calibration_text_brings_a_model_nearer_to_its_source(tmp_path):

@@ -77,14 +77,13 @@ def _side_by_side(runs: list[Run]) -> Columns:
 
 def _prepare(model: str, prompt: str, raw: bool) -> tuple[Any, list[int]]:
     from tqstack.models.load import load_model
-    from tqstack.models.spec import ModelNotFoundError
 
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         fail("the prompt is empty", 2)
     try:
         loaded = load_model(model)
-    except ModelNotFoundError as error:
+    except (ValueError, OSError) as error:
         fail(str(error), 2)
     tokenizer = loaded.tokenizer
     if raw or not tokenizer.has_chat_template:

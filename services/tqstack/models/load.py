@@ -17,6 +17,7 @@ from tqstack.models.adapt import adapt
 from tqstack.models.cache_spec import CacheSpec
 from tqstack.models.device import this_machine
 from tqstack.models.planning import check_cache
+from tqstack.models.safetensors import model_tensors
 from tqstack.models.spec import ModelSpec, read_spec, resolve
 
 
@@ -38,6 +39,7 @@ def load_model(name: str, cache: CacheSpec | None = None, adapted: bool = True) 
 
     Raises:
         ModelNotFoundError: there is no such model.
+        BrokenFileError: a file of it is missing or cut short.
         NotCompressedError, SettingsError: it has nothing that this cache could hold; told before it
             is loaded.
     """
@@ -45,6 +47,7 @@ def load_model(name: str, cache: CacheSpec | None = None, adapted: bool = True) 
     spec = read_spec(name)
     if cache is not None:
         check_cache(spec, cache)
+    model_tensors(Path(spec.path))  # whole, or it says which file is not
     model, tokenizer = load(spec.path)[:2]
     if this_machine().expands_weights:
         expand(model)
