@@ -25,7 +25,15 @@ from tqstack.weights.encode import encode
 from tqstack.weights.loading import MODE, VERSION
 from tqstack.weights.recipe import Recipe, layers_of, make_recipe, shape_of
 from tqstack.weights.shards import Group, Shards, write_whole
-from tqstack.weights.sources import dtype_of, is_mixture, matrices, nbytes, parameters, plain
+from tqstack.weights.sources import (
+    dtype_of,
+    is_mixture,
+    matrices,
+    nbytes,
+    parameters,
+    peak_memory,
+    plain,
+)
 
 JOURNAL = "conversion.json"  # of an unfinished conversion: what it was asked for
 TEXT_WINDOW, TEXT_WINDOWS = 512, 32  # of a calibration text: tokens, and how many of them
@@ -61,7 +69,7 @@ class Converted:
         coded_bits: per coded weight, scales included.
         nbytes: of all weights.
         largest_layer: bytes of the source's largest layer.
-        peak_memory: bytes that MLX held at most.
+        peak_memory: bytes that the process held at most, Python and all libraries included.
     """
 
     coded_bits: float
@@ -88,7 +96,6 @@ def convert(
     Raises:
         ConversionError, DiskFullError: nothing is lost, and no folder that loads is left behind.
     """
-    mx.reset_peak_memory()
     model, tokenizer, config = _open(source)
     layers = layers_of(model)
     try:
@@ -101,8 +108,8 @@ def convert(
     _begin(destination, {"source": str(source), **asdict(options)})
     conversion = _Conversion(model, options, recipe, destination, progress)
     if text is not None and conversion.left():
-        calibrate.run(source, text, conversion.code_layers)
-    conversion.code_layers({})
+        calibrate.run(source, text, conversion.code_calibrated)
+    conversion.code_rest()
     conversion.copy_others()
     conversion.shards.write_index()
     mtp.carry(
@@ -115,7 +122,7 @@ def convert(
         conversion.coded_bits,
         conversion.shards.total,
         conversion.largest,
-        mx.get_peak_memory(),
+        peak_memory(),
         recipe,
     )
     _finish(source, destination, tokenizer, {**config, "quantization": quantization})
@@ -154,18 +161,26 @@ class _Conversion:
             path for path in self.recipe.bits if path in self.layers and not self.shards.done(path)
         ]
 
-    def code_layers(self, hessians: Mapping[str, np.ndarray]) -> None:
-        """Code the layers that these Hessians are of; without any, all that are left."""
+    def code_calibrated(self, hessians: Mapping[str, np.ndarray]) -> None:
+        """Code the layers that these Hessians are of."""
+        for path, hessian in hessians.items():
+            if path in self.layers and path in self.recipe.bits:
+                self._code(path, hessian)
+
+    def code_rest(self) -> None:
+        """Code all layers that are left, each weight by itself."""
         for path in list(self.layers):
-            if path not in self.recipe.bits or (hessians and path not in hessians):
-                continue
-            layer = self.layers.pop(path)
-            if not self.shards.done(path):
-                self.shards.add(path, self._planes(path, layer, hessians.get(path)))
-            else:
-                self._advance(self.weights[path])
-            layer.update({"weight": mx.zeros((1,))})
-            mx.clear_cache()
+            if path in self.recipe.bits:
+                self._code(path, None)
+
+    def _code(self, path: str, hessian: np.ndarray | None) -> None:
+        layer = self.layers.pop(path)
+        if self.shards.done(path):
+            self._advance(self.weights[path])
+        else:
+            self.shards.add(path, self._planes(path, layer, hessian))
+        layer.update({"weight": mx.zeros((1,))})
+        mx.clear_cache()
 
     def copy_others(self) -> None:
         for name, array in self.others.items():

@@ -19,6 +19,7 @@ from tqstack.weights.tiles import TILE
 
 THREADS = os.cpu_count() or 1
 CHUNK = 1 << 20  # weights that a thread codes at a time
+BLOCK = 1 << 24  # weights that are in float32 at a time
 DAMPING = 0.2  # of the Hessian's mean diagonal: inputs that the calibration text did not show
 _SCALE_MAX = 65504.0  # largest finite float16
 
@@ -33,8 +34,8 @@ class Matrix:
         decoded: (N, K) float32, rotated
     """
 
-    weight: mx.array
-    scales: mx.array
+    weight: np.ndarray
+    scales: np.ndarray
     decoded: np.ndarray
 
 
@@ -55,11 +56,32 @@ def encode(
         residual: code the signs of what is missed as well.
         advance: told how many weights were coded.
     """
+    by_columns = None
+    if hessian is not None:
+        turned = _rotated_hessian(hessian, seed)
+        by_columns = turned, _feedback(turned)
+    rows = max(TILE, BLOCK // matrix.shape[1] // TILE * TILE)
+    parts = [
+        _encode(matrix[start : start + rows], code, seed, by_columns, residual, advance)
+        for start in range(0, len(matrix), rows)
+    ]
+    return {name: mx.array(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+
+
+def _encode(
+    matrix: mx.array,
+    code: Code,
+    seed: int,
+    by_columns: tuple[np.ndarray, np.ndarray] | None,
+    residual: bool,
+    advance: Callable[[int], None],
+) -> dict[str, np.ndarray]:
+    """The planes of some rows."""
     rotated = np.array(rotation.rotate(matrix, seed))
-    if hessian is None:
+    if by_columns is None:
         coded = _by_rows(rotated, code, advance)
     else:
-        coded = _by_columns(rotated, code, _rotated_hessian(hessian, seed), advance)
+        coded = _by_columns(rotated, code, *by_columns, advance)
     planes = {"weight": coded.weight, "scales": coded.scales}
     if residual:
         missed = rotation.unrotate(mx.array(rotated - coded.decoded), seed)
@@ -102,12 +124,15 @@ def _by_rows(rotated: np.ndarray, code: Code, advance: Callable[[int], None]) ->
 
 
 def _by_columns(
-    rotated: np.ndarray, code: Code, hessian: np.ndarray, advance: Callable[[int], None]
+    rotated: np.ndarray,
+    code: Code,
+    hessian: np.ndarray,
+    feedback: np.ndarray,
+    advance: Callable[[int], None],
 ) -> Matrix:
     """Tiles from the first inputs to the last; what was missed so far moves what is coded next."""
     N, K = rotated.shape
     size = _size(rotated)
-    feedback = _feedback(hessian)
     levels, missed = np.empty_like(rotated), np.empty_like(rotated)
     words = np.empty((N // TILE, K // TILE, code.words), np.uint32)
     on_gpu = search.serves(code)
@@ -138,7 +163,7 @@ def _scaled(
     scales = (weighted * rotated).sum(1) / np.where(square > 0, square, 1)
     scales = np.clip(scales, -_SCALE_MAX, _SCALE_MAX).astype(np.float16)
     decoded = levels * scales.astype(np.float32)[:, None]
-    return Matrix(mx.array(words), mx.array(scales), decoded)
+    return Matrix(words, scales, decoded)
 
 
 def _size(rotated: np.ndarray) -> np.ndarray:

@@ -3,6 +3,8 @@ are stored in."""
 
 from __future__ import annotations
 
+import platform
+import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,3 +61,10 @@ def is_mixture(layer: nn.Module) -> bool:
 
 def nbytes(layer: nn.Module) -> int:
     return sum(weight.nbytes for _, weight in parameters(layer))
+
+
+def peak_memory() -> int:
+    """Bytes that this process held at most; what MLX has on a GPU of its own comes on top."""
+    unit = 1 if platform.system() == "Darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max(resident, mx.get_peak_memory())
