@@ -62,7 +62,7 @@ def run(source: Path, tokens: mx.array, on_block: OnBlock) -> None:
     for module in model.modules():
         if id(module) in blocks:
             _replace(module, "__call__", _stopped(inputs, on_block))
-    mx.eval(model(tokens))
+    model(tokens)  # its logits are never computed, only what led to them
     on_block(inputs.take())
 
 
