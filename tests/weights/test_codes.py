@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tqstack.weights import rotation, tiles
 from tqstack.weights.codes import BITS, NAMES, SIGN, make_code
-from tqstack.weights.encode import encode
+from tqstack.weights.encode import Calibration, encode
 
 CODES = [(name, bits) for name in NAMES for bits in BITS]
 # Squared errors of unit-variance weights: the limit 4^-bits, and what each code may reach.
@@ -111,7 +111,7 @@ def test_a_hessian_keeps_the_outputs_of_inputs_like_its_own():
 
     plain, calibrated = (
         encode(mx.array(matrix), code),
-        encode(mx.array(matrix), code, hessian=hessian),
+        encode(mx.array(matrix), code, calibration=Calibration.of(hessian)),
     )
     assert missed(calibrated) < 0.6 * missed(plain)
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from tqstack.weights import calibrate, mtp
 from tqstack.weights.codes import SIGN, make_code
-from tqstack.weights.encode import encode
+from tqstack.weights.encode import Calibration, encode
 from tqstack.weights.loading import MODE, VERSION
 from tqstack.weights.recipe import Recipe, layers_of, make_recipe, shape_of
 from tqstack.weights.shards import Group, Shards, write_whole
@@ -191,12 +191,13 @@ class _Conversion:
         self, path: str, layer: nn.Module, hessian: np.ndarray | None
     ) -> dict[str, mx.array]:
         code = make_code(self.options.code, self.recipe.bits[path])
+        calibration = None if hessian is None else Calibration.of(hessian, self.options.seed)
         coded = [
             encode(
                 matrix,
                 code,
                 self.options.seed,
-                hessian=hessian,
+                calibration=calibration,
                 residual=self.options.qjl,
                 advance=self._advance,
             )

@@ -39,30 +39,45 @@ class Matrix:
     decoded: np.ndarray
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What a text tells about a layer's inputs, made once for all of its experts.
+
+    Attributes:
+        hessian: (K, K) float32, the mean of x x^T over rotated inputs x.
+        feedback: (K, K), see `_feedback`.
+    """
+
+    hessian: np.ndarray
+    feedback: np.ndarray
+
+    @classmethod
+    def of(cls, hessian: np.ndarray, seed: int = 0) -> Calibration:
+        """From the mean over inputs as they are."""
+        turned = _rotated_hessian(hessian, seed)
+        return cls(turned, _feedback(turned))
+
+
 def encode(
     matrix: mx.array,
     code: Code,
     seed: int = 0,
     *,
-    hessian: np.ndarray | None = None,
+    calibration: Calibration | None = None,
     residual: bool = False,
     advance: Callable[[int], None] = lambda weights: None,
 ) -> dict[str, mx.array]:
     """The planes of a matrix (N, K) of any float type, by the names of a layer's parameters.
 
     Args:
-        hessian: (K, K) float32, the mean of x x^T over inputs x; with it the layer's outputs are
-            kept instead of its weights (LDLQ: Chee et al., QuIP, arXiv 2307.13304).
+        calibration: of the layer's inputs; with it the layer's outputs are kept instead of its
+            weights (LDLQ: Chee et al., QuIP, arXiv 2307.13304).
         residual: code the signs of what is missed as well.
         advance: told how many weights were coded.
     """
-    by_columns = None
-    if hessian is not None:
-        turned = _rotated_hessian(hessian, seed)
-        by_columns = turned, _feedback(turned)
     rows = max(TILE, BLOCK // matrix.shape[1] // TILE * TILE)
     parts = [
-        _encode(matrix[start : start + rows], code, seed, by_columns, residual, advance)
+        _encode(matrix[start : start + rows], code, seed, calibration, residual, advance)
         for start in range(0, len(matrix), rows)
     ]
     return {name: mx.array(np.concatenate([part[name] for part in parts])) for name in parts[0]}
@@ -72,16 +87,16 @@ def _encode(
     matrix: mx.array,
     code: Code,
     seed: int,
-    by_columns: tuple[np.ndarray, np.ndarray] | None,
+    calibration: Calibration | None,
     residual: bool,
     advance: Callable[[int], None],
 ) -> dict[str, np.ndarray]:
     """The planes of some rows."""
     rotated = np.array(rotation.rotate(matrix, seed))
-    if by_columns is None:
+    if calibration is None:
         coded = _by_rows(rotated, code, advance)
     else:
-        coded = _by_columns(rotated, code, *by_columns, advance)
+        coded = _by_columns(rotated, code, calibration, advance)
     planes = {"weight": coded.weight, "scales": coded.scales}
     if residual:
         missed = rotation.unrotate(mx.array(rotated - coded.decoded), seed)
@@ -126,8 +141,7 @@ def _by_rows(rotated: np.ndarray, code: Code, advance: Callable[[int], None]) ->
 def _by_columns(
     rotated: np.ndarray,
     code: Code,
-    hessian: np.ndarray,
-    feedback: np.ndarray,
+    calibration: Calibration,
     advance: Callable[[int], None],
 ) -> Matrix:
     """Tiles from the first inputs to the last; what was missed so far moves what is coded next."""
@@ -139,7 +153,7 @@ def _by_columns(
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, K, TILE):
             own = slice(start, start + TILE)
-            aimed = rotated[:, own] + missed[:, :start] @ feedback[:start, own]
+            aimed = rotated[:, own] + missed[:, :start] @ calibration.feedback[:start, own]
             streams = tiles.to_tiles(aimed / size).reshape(-1, tiles.VALUES)
             if on_gpu:
                 codes, reached = code.of_states(search.states(code, streams))
@@ -151,7 +165,7 @@ def _by_columns(
             levels[:, own] = tiles.from_tiles(reached[:, None])
             missed[:, own] = rotated[:, own] - levels[:, own] * size
             advance(N * TILE)
-    return _scaled(rotated, levels, words, hessian)
+    return _scaled(rotated, levels, words, calibration.hessian)
 
 
 def _scaled(
