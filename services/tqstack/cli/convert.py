@@ -124,9 +124,7 @@ def _divergence(source: str, converted: Path, text: Path | None) -> str:
 
 def _print(done: Converted, destination: Path, divergence: str) -> None:
     table = Table(show_header=False, box=None)
-    widths = Counter(done.recipe.bits.values())
-    coded = ", ".join(f"{count} with {bits} bits" for bits, count in sorted(widths.items()))
-    table.add_row("coded layers", coded)
+    table.add_row("coded layers", str(done.recipe))
     for why, count in Counter(done.recipe.kept.values()).items():
         table.add_row("kept as they are", f"{count}: {why}")
     table.add_row("size", _size(done.nbytes))

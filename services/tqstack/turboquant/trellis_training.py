@@ -1,8 +1,8 @@
 """How the trellis codebooks in codebooks/ were made.
 
     python -m tqstack.turboquant.trellis_training 4 tcq4-l8.npy
-    ... 3 3-l10.npy --window 10 --rounds 500 --vectors 3072 --seeds 1    (weights/codebooks; at 4
-    bits --rounds 400 --noise 0.05 --seeds 2)
+    ... 3 tcq3-l10.npy --window 10 --rounds 500 --vectors 3072 --seeds 1    (of weights; at 4 bits
+    --rounds 400 --noise 0.05 --seeds 2)
 
 Generalised Lloyd on the trellis, on random directions and never on a model's keys or values: code
 random vectors, move each level to the mean of the values that chose it, repeat. Noise on the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 from tqstack.weights.convert import Converted, Options
@@ -45,14 +44,13 @@ def write_card(
     how = f"{options.code}, {options.recipe} bits"
     how += ", calibrated" if options.calibration else ""
     how += ", with signs of the residual" if options.qjl else ""
-    widths = Counter(done.recipe.bits.values())
     text = CARD.format(
         name=name,
         bits=options.bits,
         how=how,
         size=done.nbytes / 1e9,
         coded_bits=done.coded_bits,
-        coded=", ".join(f"{count} with {bits} bits" for bits, count in sorted(widths.items())),
+        coded=done.recipe,
         kept=len(done.recipe.kept),
         divergence=divergence,
         folder=destination.name,

@@ -7,13 +7,13 @@ that start at bit i * bits. Windows of a scalar code are as wide as its codes an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from importlib.resources import files
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
 
 from tqstack.turboquant.codebook import boundaries, lloyd_max
+from tqstack.turboquant.trellis import trained_codebook
 from tqstack.weights import tiles
 
 NAMES = ("trellis", "lloyd")
@@ -44,7 +44,7 @@ class Code:
     @cached_property
     def levels(self) -> np.ndarray:
         """(2^window,) float32 that float16 holds exactly, in standard deviations of the weights."""
-        return lloyd_max(self.bits) if self.scalar else _trained(self.bits, self.window)
+        return lloyd_max(self.bits) if self.scalar else trained_codebook(self.bits, self.window)
 
     @cached_property
     def codebook(self) -> mx.array:
@@ -86,13 +86,3 @@ def make_code(name: str, bits: int) -> Code:
 
 # The sign of a residual's coordinate: QJL (Zandieh et al., arXiv 2406.03482) as a code of one bit.
 SIGN = Code(1, 1)
-
-
-@lru_cache
-def _trained(bits: int, window: int) -> np.ndarray:
-    """See turboquant/trellis_training.py for how the levels came."""
-    path = files("tqstack.weights") / "codebooks" / f"{bits}-l{window}.npy"
-    with path.open("rb") as file:
-        levels = np.load(file).astype(np.float32)
-    levels.setflags(write=False)
-    return levels

@@ -22,7 +22,7 @@ import numpy as np
 from tqstack.weights import calibrate, mtp
 from tqstack.weights.codes import SIGN, make_code
 from tqstack.weights.encode import Calibration, encode
-from tqstack.weights.loading import MODE, VERSION
+from tqstack.weights.loading import FORMATS, MODE, VERSION
 from tqstack.weights.recipe import Recipe, layers_of, make_recipe, shape_of
 from tqstack.weights.shards import Group, Shards, write_whole
 from tqstack.weights.sources import (
@@ -106,7 +106,7 @@ def convert(
         raise ConversionError(str(error)) from None
     quantization = _quantization(options, recipe, model)
     _begin(destination, {"source": str(source), **asdict(options)})
-    conversion = _Conversion(model, options, recipe, destination, progress)
+    conversion = _Conversion(model, layers, options, recipe, destination, progress)
     if text is not None and conversion.left():
         calibrate.run(source, text, conversion.code_calibrated)
     conversion.code_rest()
@@ -136,13 +136,14 @@ class _Conversion:
     def __init__(
         self,
         model: nn.Module,
+        layers: dict[str, nn.Module],
         options: Options,
         recipe: Recipe,
         destination: Path,
         progress: Callable[[int, int], None],
     ):
         self.options, self.recipe, self.progress = options, recipe, progress
-        self.layers = layers_of(model)
+        self.layers = layers  # that are not coded yet
         self.weights = {path: prod(shape_of(self.layers[path])) for path in recipe.bits}
         self.largest = max(nbytes(layer) for layer in self.layers.values())
         self.others = _others(model, self.layers, recipe)
@@ -157,9 +158,7 @@ class _Conversion:
 
     def left(self) -> list[str]:
         """Layers that are still to be coded."""
-        return [
-            path for path in self.recipe.bits if path in self.layers and not self.shards.done(path)
-        ]
+        return [path for path in self.recipe.bits if not self.shards.done(path)]
 
     def code_calibrated(self, hessians: Mapping[str, np.ndarray]) -> None:
         """Code the layers that these Hessians are of."""
@@ -220,7 +219,7 @@ class _Conversion:
 def _open(source: Path) -> tuple[nn.Module, Any, dict[str, Any]]:
     config = json.loads((source / "config.json").read_text())
     mode = (config.get("quantization") or {}).get("mode")
-    if mode in (MODE, "turboquant"):
+    if mode in FORMATS:
         raise ConversionError(
             f"{source} is converted already ({mode}); start from the 16-bit model, or from an "
             "affine or MXFP4 one"

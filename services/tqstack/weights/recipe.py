@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -50,6 +51,10 @@ class Recipe:
 
     bits: Mapping[str, int]
     kept: Mapping[str, str]
+
+    def __str__(self) -> str:
+        counts = sorted(Counter(self.bits.values()).items())
+        return ", ".join(f"{count} with {bits} bits" for bits, count in counts)
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
