@@ -12,7 +12,7 @@ from attention.cpp_kernels import in_cpp  # noqa: F401
 from tqstack.attention.blocks import BlockLayout, Stored
 from tqstack.attention.kernels import arguments, choose, decode, encode, trust
 from tqstack.attention.kernels.encoding import encode_pair
-from tqstack.attention.kernels.program import FOLDER
+from tqstack.attention.kernels.program import FOLDER, fault
 from tqstack.attention.tiled import tiled_attention
 from tqstack.turboquant.codec import make_codec
 from tqstack.turboquant.packing import unpack
@@ -166,3 +166,10 @@ def test_without_a_gpu_no_kernel_is_trusted(monkeypatch):
     monkeypatch.setattr(trust, "backend", lambda: None)
     codec = make_codec("tq4", 64)
     assert not trust.trusted("encode", codec, codec, mx.float32)
+
+
+def test_a_result_that_is_no_number_does_not_agree():
+    right = mx.ones((4, 4))
+    error = trust.beyond_rounding((right * float("nan"),), (right,))
+    assert fault("kernel", lambda: error, trust.TOLERANCE)
+    assert trust.beyond_rounding((right,), (right,)) == 0

@@ -111,3 +111,12 @@ def distance(got: mx.array, want: mx.array) -> float:
     with mx.stream(mx.cpu):
         got, want = got.astype(mx.float32), want.astype(mx.float32)
         return (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()  # pyright: ignore
+
+
+def beyond_rounding(
+    got: tuple[mx.array | None, ...], want: tuple[mx.array | None, ...], roundings: int = 2
+) -> float:
+    """The largest distance of a result from its float32 twin, less what its type rounds away."""
+    pairs = [(a, b) for a, b in zip(got, want, strict=True) if a is not None and b is not None]
+    errors = [distance(a, b) - roundings * distance(b.astype(a.dtype), b) for a, b in pairs]
+    return max(0.0, *errors) if all(e == e for e in errors) else float("nan")

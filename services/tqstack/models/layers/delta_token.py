@@ -13,9 +13,8 @@ import numpy as np
 
 from tqstack.attention.kernels.arguments import at_least_8, struct
 from tqstack.attention.kernels.program import Program
-from tqstack.attention.kernels.trust import check, random, trusted
+from tqstack.attention.kernels.trust import beyond_rounding, check, random, trusted
 from tqstack.models.layers.gated_delta import gated_delta
-from tqstack.models.layers.residual import beyond_rounding
 
 THREADS, LANES = 512, 8  # as in delta_token.h
 MOST_VALUES = 64  # of the state that a thread keeps in registers

@@ -18,7 +18,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from tqstack.attention.kernels.arguments import integers
 from tqstack.attention.kernels.program import Program, backend
-from tqstack.attention.kernels.trust import check, distance, random, trusted
+from tqstack.attention.kernels.trust import beyond_rounding, check, random, trusted
 
 # As in experts.h: rows, outputs and threads of a block, inputs of a step, shared memory.
 ROWS, OUTPUTS, THREADS, STEP = 64, 128, 128, 64
@@ -118,8 +118,7 @@ def _error(bits: int, group_size: int, dtype: mx.Dtype) -> float:
         exact = scales.astype(mx.float32), biases.astype(mx.float32)
         weights = mx.dequantize(codes, *exact, group_size, bits).astype(dtype).astype(mx.float32)
         want = x.astype(mx.float32) @ weights[experts].swapaxes(-1, -2)
-    rounding = distance(want.astype(dtype), want)
-    return max(0.0, distance(got, want) - 2 * rounding)
+    return beyond_rounding((got,), (want,))
 
 
 def install(model: nn.Module) -> int:

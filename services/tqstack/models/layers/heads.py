@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from tqstack.attention.kernels.arguments import at_least_8, integers, struct
 from tqstack.attention.kernels.program import Program
-from tqstack.attention.kernels.trust import check, random, trusted
-from tqstack.models.layers.residual import Norm, beyond_rounding
+from tqstack.attention.kernels.trust import beyond_rounding, check, random, trusted
+from tqstack.models.layers.residual import Norm
 
 HEADS_PER_BLOCK = 4  # as in heads.h
 HEADS = Program(

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from tqstack.attention.kernels.arguments import UNUSED, at_least_8, struct
 from tqstack.attention.kernels.program import Program
-from tqstack.attention.kernels.trust import check, distance, random, trusted
+from tqstack.attention.kernels.trust import beyond_rounding, check, distance, random, trusted
 from tqstack.weights.kernels import twins
 from tqstack.weights.kernels.rotate import HEADERS, LARGEST, division, rotated
 from tqstack.weights.kernels.twins import Rotated
@@ -220,12 +220,3 @@ def _example(width: int, terms: int, scored: bool, normed: bool, dtype: mx.Dtype
         inputs = stream.astype(mx.float32), parts.astype(mx.float32)
         want = added_plainly(*inputs, scores, exact)
     return (stream, parts, scores, norm), want
-
-
-def beyond_rounding(
-    got: tuple[mx.array | None, ...], want: tuple[mx.array | None, ...], roundings: int = 2
-) -> float:
-    """The largest distance of a result from its float32 twin, less what its type rounds away."""
-    pairs = [(a, b) for a, b in zip(got, want, strict=True) if a is not None and b is not None]
-    errors = [distance(a, b) - roundings * distance(b.astype(a.dtype), b) for a, b in pairs]
-    return max(0.0, *errors) if all(e == e for e in errors) else float("nan")

@@ -12,7 +12,7 @@ import numpy as np
 
 from tqstack.attention.kernels.arguments import at_least_8, integers
 from tqstack.attention.kernels.program import Program, backend
-from tqstack.attention.kernels.trust import check, distance, random, trusted
+from tqstack.attention.kernels.trust import beyond_rounding, check, random, trusted
 from tqstack.weights.codes import Code
 from tqstack.weights.kernels import twins
 from tqstack.weights.kernels.rotate import rotated
@@ -251,4 +251,4 @@ def _expert_error(code: Code, kind: str, dtype: mx.Dtype) -> float:
 def _beyond_rounding(got: mx.array, twin: Callable[..., mx.array], x: Rotated, *rest: Any) -> float:
     with mx.stream(mx.cpu):
         want = twin(x._replace(dtype=mx.float32), *rest)
-    return max(0.0, distance(got, want) - 2 * distance(want.astype(x.dtype), want))
+    return beyond_rounding((got,), (want,))

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from tqstack.attention.kernels.arguments import UNUSED, at_least_8, integers
 from tqstack.attention.kernels.program import Program
-from tqstack.attention.kernels.trust import check, distance, trusted
+from tqstack.attention.kernels.trust import beyond_rounding, check, trusted
 from tqstack.weights.codes import Code
 from tqstack.weights.kernels import twins
 from tqstack.weights.kernels.rotate import FOLDER, HEADERS, LARGEST, division
@@ -71,4 +71,4 @@ def _error(code: Code, block: int, dtype: mx.Dtype) -> float:
     got = _launch(ids, *packed, code, 0, dtype)
     with mx.stream(mx.cpu):
         want = twins.rows(ids, *packed, code, 0)
-    return max(0.0, distance(got, want) - 2 * distance(want.astype(dtype), want))
+    return beyond_rounding((got,), (want,))
