@@ -21,6 +21,7 @@ from tqstack.models.measure import layer_kinds, measure
 from tqstack.models.plan import Machine, prefill_workspace
 from tqstack.models.planning import plan_spec, read_facts
 from tqstack.models.runtime import load_runtime
+from tqstack.models.safetensors import BrokenFileError
 from tqstack.models.spec import ModelSpec, read_spec
 from tqstack.settings import Settings, SettingsError
 from tqstack.turboquant.kv_codecs import KVCodecs
@@ -227,5 +228,5 @@ def test_latents_are_refused_with_a_sentence_before_anything_is_loaded(tmp_path)
         for make in (read_facts, load_runtime):
             with pytest.raises(NotCompressedError, match="run it with TQ_CACHE_VERSION=none"):
                 make(settings)
-    with pytest.raises(FileNotFoundError):  # of the weights
+    with pytest.raises(BrokenFileError, match="lacks model"):
         load_model(str(tmp_path), PLAIN)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import platform
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -65,6 +66,9 @@ def nbytes(layer: nn.Module) -> int:
 
 def peak_memory() -> int:
     """Bytes that this process held at most; what MLX has on a GPU of its own comes on top."""
-    unit = 1 if platform.system() == "Darwin" else 1024
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if platform.system() == "Linux":  # its ru_maxrss begins with what the parent process held
+        status = Path("/proc/self/status").read_text()
+        resident = int(status.split("VmHWM:")[1].split()[0]) * 1024
+    else:
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return max(resident, mx.get_peak_memory())
