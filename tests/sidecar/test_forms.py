@@ -17,7 +17,7 @@ from mlx_lm.tool_parsers import glm47, json_tools, kimi_k2, minimax_m2, mistral,
 from engine.jobs import finished, submit
 from sidecar.tokenizers import tokenizer_of
 from tqstack import demo_model
-from tqstack.engine.grammar import Grammar, Grammars
+from tqstack.engine.grammar import Grammar, GrammarError, Grammars
 from tqstack.engine.sampling import Sampling
 from tqstack.engine.worker import Worker
 from tqstack.models.runtime import load_runtime
@@ -26,7 +26,7 @@ from tqstack.openai_api.schema import ChatRequest
 from tqstack.settings import Settings
 from tqstack.sidecar import forced as forced_calls
 from tqstack.sidecar.forced import FAMILIES, family_of, json_body
-from tqstack.sidecar.forms import grammar_of
+from tqstack.sidecar.forms import bad_form, grammar_of
 from tqstack.sidecar.text import AnswerReader, ToolCall
 
 # -- schemas -----------------------------------------------------------------------------------
@@ -160,6 +160,49 @@ def test_whatever_two_hundred_schemas_allow_is_valid():
     assert done > 150
 
 
+# Of a schema that cannot be forced: what the refusal names, and what it tells to do.
+REFUSED = [
+    ({"type": "array", "uniqueItems": True}, "uniqueItems cannot be forced; take it out"),
+    ({"not": {"type": "string"}}, "not cannot be forced; take it out"),
+    ({"type": "object", "propertyNames": {"pattern": "x"}}, "propertyNames cannot be forced; take"),
+    ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf .* write anyOf"),
+    ({"type": "object", "minProperties": 2}, "minProperties 2 cannot be forced; name as many"),
+    ({"type": "string", "format": "odd"}, "format odd is not known; take a pattern"),
+    ({"type": "string", "pattern": "(?=a)b"}, "cannot look around .* write it without"),
+    ({"type": "string", "pattern": "a("}, "not valid .unclosed group.; mend it"),
+    ({"$ref": "#/$defs/own"}, "#/.defs/own leads nowhere; add what it names"),
+    ({"$ref": "http://127.0.0.1/x"}, "put what it names under .defs"),
+    ({"enum": []}, "no value meets this schema .*; loosen it"),
+    ({"type": "strng"}, "strng is none of JSON's; write string"),
+]
+
+
+@pytest.mark.parametrize("schema, told", REFUSED, ids=[str(schema) for schema, _ in REFUSED])
+def test_a_schema_that_cannot_be_forced_is_refused_with_what_to_do(schema, told):
+    tokenizer = load(demo_model.PATH)
+    grammars = Grammars(tokenizer, frozenset(tokenizer.eos_token_ids))
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(ApiError, match=f"^response_format: .*{told}"):
+        found = grammar_of(tokenizer, ChatRequest(messages=ASKED, response_format=form))
+        assert found is not None
+        try:
+            grammars.form(found[0])
+        except GrammarError as error:
+            raise bad_form(str(error), found[1]) from None
+
+
+@pytest.mark.parametrize("schema", [schema for schema, told in REFUSED if "cannot be" in told])
+def test_a_tool_that_is_not_strict_is_forced_as_far_as_it_can_be(schema):
+    tokenizer = tokenizer_of(json_tools)
+    grammars = Grammars(tokenizer, frozenset(tokenizer.eos_token_ids))
+    parameters = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    tool = {"type": "function", "function": {"name": "now", "parameters": parameters}}
+    grammars.form(forced(tokenizer, tools=[tool]))
+    tool["function"]["strict"] = True
+    with pytest.raises((ApiError, GrammarError)):
+        grammars.form(forced(tokenizer, tools=[tool]))
+
+
 # -- calls -------------------------------------------------------------------------------------
 
 PARAMETERS = {
@@ -248,6 +291,73 @@ def test_a_text_among_parameters_is_any(family):
         form.take(token)
     [call] = calls_in(tokenizer, tokens)
     assert json.loads(call.arguments) == {"city": city, "days": 3}
+
+
+def one_parameter(family, schema, defs, value, strict=True):
+    """Whether a forced call may have this value; then what its arguments are read as."""
+    tokenizer = tokenizer_of(PARSERS[family])
+    parameters = {"type": "object", "properties": {"a": schema}, "required": ["a"], "$defs": defs}
+    function = {"name": "now", "parameters": parameters, "strict": strict}
+    tools = [{"type": "function", "function": function}]
+    grammars = Grammars(tokenizer, frozenset(tokenizer.eos_token_ids))
+    text = written(tokenizer, family_of(tokenizer), "now", {"a": value})
+    if not takes(grammars, tokenizer, forced(tokenizer, tools=tools), text):
+        return None
+    [call] = calls_in(tokenizer, tokenizer.encode(text, add_special_tokens=False), tools)
+    return json.loads(call.arguments)
+
+
+XML = ["qwen3_coder", "glm47", "minimax_m2"]
+
+
+@pytest.mark.parametrize("family", XML)
+@pytest.mark.parametrize(
+    "schema, good, bad",
+    [
+        ({"minLength": 2, "maxLength": 3}, ["ab", "a\nb"], ["a", "abcd"]),
+        ({"pattern": "^[A-Z]{2}-[0-9]+$"}, ["AB-7"], ["AB-", "xAB-7", "AB-7 "]),
+        ({"pattern": "/[a-c]"}, ["/b", "x/a\ny"], ["/d"]),
+        ({"pattern": "a$", "minLength": 2}, ["ba"], ["a", "ab"]),
+        ({"format": "date"}, ["2026-02-03"], ["2026-2-3", "2026-13-01"]),
+        ({"format": "date-time"}, ["2026-02-03T10:00:00Z"], ["2026-02-03 10:00"]),
+        ({"format": "uri"}, ["http://a.b/c?d=e"], ["a b"]),
+        ({}, ["a", "x <b>\ny"], []),
+    ],
+)
+def test_a_text_among_parameters_keeps_to_a_strict_schema(family, schema, good, bad):
+    for own in ({"type": "string", **schema}, {"anyOf": [{"type": "string", **schema}]}):
+        for value in good:
+            assert one_parameter(family, own, {}, value) == {"a": value}
+        for value in bad:
+            assert one_parameter(family, own, {}, value) is None, value
+            assert one_parameter(family, own, {}, value, strict=False) is not None
+
+
+@pytest.mark.parametrize("family", XML)
+@pytest.mark.parametrize(
+    "schema, values",
+    [
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, [3, None]),
+        ({"type": ["boolean", "null"]}, [True, None]),
+        ({"anyOf": [{"type": "integer"}, {"type": "boolean"}]}, [3, True]),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, ["12", "a", None]),
+        ({"$ref": "#/$defs/colour"}, ["red"]),
+        ({"anyOf": [{"$ref": "#/$defs/colour"}, {"type": "null"}]}, ["red", None]),
+        ({"$ref": "#/$defs/place"}, [{"x": 1}]),
+        ({"anyOf": [{"$ref": "#/$defs/place"}, {"type": "null"}]}, [{"x": 1}, None]),
+        ({"type": "string"}, ["null", "12"]),
+    ],
+)
+def test_a_parameter_is_read_as_its_schema_has_it(family, schema, values):
+    defs = {"colour": {"enum": ["red", "green"]}}
+    defs["place"] = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    for value in values:
+        assert one_parameter(family, schema, defs, value) == {"a": value}
+
+
+def test_a_format_that_cannot_be_forced_is_refused_where_it_is_strict():
+    with pytest.raises(ApiError, match="'duration' cannot be forced; take a pattern, or leave str"):
+        one_parameter("qwen3_coder", {"type": "string", "format": "duration"}, {}, "x")
 
 
 @pytest.mark.parametrize("family", sorted(PARSERS))

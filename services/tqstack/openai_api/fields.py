@@ -79,7 +79,8 @@ CHAT: dict[str, Field] = {
     "max_completion_tokens": Field("done", "done: sent as `max_tokens`"),
     "tools": Field(
         "done; arguments of `strict` tools keep to their schemas, where it is known how the model "
-        "calls tools"
+        "calls tools, or get a 400 that says what cannot be forced; those of others that must be "
+        "called, as far as they can be forced"
     ),
     "tool_choice": Field(
         "auto, none, required, one tool; calls are forced in the model's own form, where that is "

@@ -14,6 +14,14 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tqstack.openai_api.errors import bad_request
+from tqstack.sidecar.parameters import (
+    ANY_TEXT,
+    options_of,
+    refuse_least_properties,
+    resolved,
+    text_form,
+    types_of,
+)
 
 Schema = dict[str, Any]
 
@@ -123,8 +131,8 @@ class Rules:
             text = text[len(marker) :]
         return " ".join([*parts, quoted(plain)] if plain or not parts else parts)
 
-    def json(self, schema: Schema) -> str:
-        return self.add(json_body(schema))
+    def json(self, schema: Schema, strict: bool) -> str:
+        return self.add(json_body(schema, strict))
 
     def text_without(self, token: str) -> str:
         """Any text without this token, which may not be a special one; its name."""
@@ -133,13 +141,13 @@ class Rules:
         self.lines.append(f"{name}: /(?s:.*)/ & ~/(?s:.*){token}(?s:.*)/")
         return name
 
-    def text_until(self, end: str) -> str:
-        """Any text, and `end` behind it."""
+    def text_until(self, end: str, form: str = ANY_TEXT) -> str:
+        """A text of this form, and `end` behind it."""
         plain = end.partition(END)[0]
         if not plain:
             return f"{self.text_without(self._tokenizer.tool_call_end or '')} {self.text(end)}"
         rest = end.removeprefix(plain)
-        text = self.add("/(?s:.*)/", f"[suffix={quoted(plain)}]")
+        text = self.add(form, f"[suffix={quoted(plain)}]")
         return f"{text} {self.text(rest)}" if rest else text
 
     def is_token(self, text: str | None) -> bool:
@@ -150,10 +158,16 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def json_body(schema: Schema) -> str:
-    """A schema. White space is enough for a usual layout: small models fill all that they may."""
-    spaces = {"whitespace_pattern": r"( |\n {0,16}|\n\t{1,8})?"}
-    return f"%json {json.dumps({**schema, 'x-guidance': spaces}, ensure_ascii=False)}"
+def json_body(schema: Schema, strict: bool = True) -> str:
+    """A schema. White space is enough for a usual layout: small models fill all that they may.
+
+    Args:
+        strict: what of it cannot be forced is an error; else it is left open.
+    """
+    options: Schema = {"whitespace_pattern": r"( |\n {0,16}|\n\t{1,8})?"}
+    if not strict:
+        options |= {"lenient": True, "coerce_one_of": True}
+    return f"%json {json.dumps({**schema, 'x-guidance': options}, ensure_ascii=False)}"
 
 
 def _markers(tokenizer: TokenizerWrapper) -> dict[str, int]:
@@ -226,47 +240,47 @@ def _call(
     rules: Rules, family: Family, function: dict[str, Any], any_arguments: bool = False
 ) -> str:
     before, after = family.name
-    name = function["name"]
+    name, strict = function["name"], bool(function.get("strict"))
     head = rules.text(before + (json.dumps(name) if family.json_name else name) + after)
     schema = function.get("parameters") or {"type": "object", "properties": {}}
+    if strict:
+        refuse_least_properties(schema, "tools")
     if family.parameter is None:
-        arguments = rules.json({"type": "object"} if any_arguments else schema)
+        arguments = rules.json({"type": "object"} if any_arguments else schema, strict)
     elif any_arguments:
         return rules.add(f"{head} {rules.text_until(family.end)}")
     else:
-        arguments = " ".join(_parameters(rules, family.parameter, schema))
+        arguments = " ".join(_parameters(rules, family.parameter, schema, strict))
     end = rules.text(family.end) if family.end else ""
     return rules.add(" ".join(filter(None, (head, arguments, end))))
 
 
-def _parameters(rules: Rules, form: tuple[str, str, str], schema: Schema) -> list[str]:
+def _parameters(
+    rules: Rules, form: tuple[str, str, str], schema: Schema, strict: bool
+) -> list[str]:
     """Parameters in the schema's order; those that are not required may be left out."""
     before, behind, end = form
     required = schema.get("required") or ()
-    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     found = []
     for name, own in (schema.get("properties") or {}).items():
-        own = own if isinstance(own, dict) else {}
-        value = _value(rules, {**own, **shared}, own, end)
+        value = _value(rules, own, schema, end, strict)
         rule = rules.add(f"{rules.text(before + name + behind)} {value}")
         found.append(rule if name in required else f"{rule}?")
     return found
 
 
-def _value(rules: Rules, schema: Schema, own: Schema, end: str) -> str:
+def _value(rules: Rules, own: Any, root: Schema, end: str, strict: bool) -> str:
     """A parameter's value, and what ends it: a string as it is, all else as JSON."""
+    own = resolved(own, root)
+    is_text = "string" in types_of(own, root)
+    if is_text and (options := options_of(own)):
+        each = (_value(rules, option, root, end, strict) for option in options)
+        return f"({' | '.join(each)})"
     choices = own.get("enum") or ([own["const"]] if "const" in own else [])
     if choices and all(isinstance(choice, str) for choice in choices):
         listed = " | ".join(rules.text(choice) for choice in choices)
         return f"({listed}) {rules.text(end)}"
-    if _is_text(own):
-        return rules.text_until(end)
-    return f"{rules.json(schema)} {rules.text(end)}"
-
-
-def _is_text(own: Schema) -> bool:
-    """Whether a value may be a string that is written without quotes."""
-    options = own.get("anyOf") or own.get("oneOf") or ()
-    return own.get("type") == "string" or any(
-        isinstance(option, dict) and option.get("type") == "string" for option in options
-    )
+    if is_text:
+        return rules.text_until(end, text_form(own) if strict else ANY_TEXT)
+    shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    return f"{rules.json({**own, **shared}, strict)} {rules.text(end)}"

@@ -22,6 +22,7 @@ from tqstack.sidecar.forced import (
     quoted,
     strict_calls,
 )
+from tqstack.sidecar.parameters import refuse_least_properties, regex
 
 ANY_OBJECT = {"type": "object"}
 _BREAK = '"\\n\\n"? '  # what many models write behind their reasoning; it is no part of a choice
@@ -153,11 +154,12 @@ def _json(value: Any, param: str) -> Shape:
         value = {}
     if not isinstance(value, dict):
         raise bad_request(f"{param}: a schema is a JSON object", param)
+    refuse_least_properties(value, param)
     return Shape("json", json_body(value), param)
 
 
 def _regex(value: str, param: str) -> Shape:
-    return Shape("regex", "/" + value.replace("\\/", "/").replace("/", "\\/") + "/", param)
+    return Shape("regex", regex(value), param)
 
 
 def _choice(value: list[str], param: str) -> Shape:
@@ -213,8 +215,32 @@ _READERS: dict[str, Read] = {
 }
 
 
+# What the engine says of a form: what it means, and what to do.
+_SAID = {
+    r"Unimplemented keys: \[(.+)\]": "{} cannot be forced; take it out of the schema, and look at "
+    "the answer for it yourself",
+    r"oneOf constraints are not supported": "of a oneOf more than one option may hold here, which "
+    "cannot be forced; write anyOf, or give each option a property with a const of its own, and "
+    "require it",
+    r"Unknown format: (.+)": "the format {} is not known; take a pattern, or leave it out",
+    r"Pointer '(.+)' does not exist": "the reference #{} leads nowhere; add what it names",
+    r"Resource '(.+)' is not present": "the reference {} is not looked up; put what it names under "
+    "$defs, and refer to that",
+    r"lookarounds not supported yet|look-around": "a regular expression cannot look around (\\b, "
+    "(?=...), ^ or $ in its middle) here; write it without",
+    r"regex parse error:[\s\S]*\nerror: (.+)": "a regular expression is not valid ({}); mend it",
+    r"Unsatisfiable schema: (.+)": "no value meets this schema ({}); loosen it",
+    r"Invalid type: (.+)": "the type {} is none of JSON's; write string, number, integer, boolean, "
+    "object, array or null",
+}
+
+
 def bad_form(why: str, param: str) -> ApiError:
     """A form that the engine cannot make."""
+    for said, means in _SAID.items():
+        if found := re.search(said, why):
+            named = found[1].replace('"', "") if found.groups() else ""
+            return bad_request(f"{param}: {means.format(named)}", param, "invalid_schema")
     why = re.sub(r"^at \d+\(\d+\): |^failed to compile JSON schema: ", "", why.split("\n")[0])
     why = why.removeprefix("failed to compile JSON schema: ")
     return bad_request(f"{param}: {why}", param, "invalid_schema")

@@ -17,6 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqstack.engine.logprobs import Logprob
 from tqstack.sidecar.detokenizer import text_stream
 from tqstack.sidecar.logprobs import Spoken, Trail, spoken
+from tqstack.sidecar.parameters import with_nulls, with_one_type
 
 
 @dataclass
@@ -125,7 +126,7 @@ class AnswerReader:
         self._came = self._shown = before  # characters of content
         self._text = text_stream(tokenizer)
         self._one_call = one_call
-        self._tools = tools
+        self._tools, self._read_as = tools, with_one_type(tools)
         self._parse = tokenizer.tool_parser
         self._markers = (tokenizer.tool_call_start or "", tokenizer.tool_call_end or "")
         machine = TextStateMachine() if plain else make_text_state_machine(tokenizer)
@@ -224,15 +225,19 @@ class AnswerReader:
         if self._parse is None or not self._tools:
             return []
         try:
-            parsed = self._parse(text, self._tools)
+            parsed = self._parse(text, self._read_as)
             calls = parsed if isinstance(parsed, list) else [parsed]
             return [
                 ToolCall(
                     call.get("id") or f"call_{uuid.uuid4().hex[:24]}",
                     call["name"],
-                    json.dumps(call.get("arguments", {}), ensure_ascii=False),
+                    self._arguments(call),
                 )
                 for call in calls
             ]
         except (ValueError, KeyError, TypeError, AttributeError, SyntaxError):
             return []
+
+    def _arguments(self, call: dict[str, Any]) -> str:
+        arguments = with_nulls(call.get("arguments", {}), call["name"], self._tools or [])
+        return json.dumps(arguments, ensure_ascii=False)
