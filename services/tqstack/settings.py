@@ -62,6 +62,9 @@ class Settings(BaseSettings):
     router_allowed_hosts: str = Field(
         "", description="names, with commas, that clients and web pages may use for this machine"
     )
+    router_backends: str = Field(
+        "", description="file of the router's backends; empty: backends.toml beside this file"
+    )
     router_body_limit_mb: Annotated[int, Field(ge=1)] = Field(
         64, description="largest request body, also after decompression"
     )
@@ -167,14 +170,7 @@ class Settings(BaseSettings):
     @field_validator("ollama_base_url")
     @classmethod
     def _url_is_http(cls, value: str) -> str:
-        url = urlsplit(value)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ValueError(
-                "allowed: an http:// or https:// address, such as http://127.0.0.1:11434"
-            )
-        # `localhost` may resolve to ::1, where Ollama does not listen: dial the address.
-        value = value.replace("//localhost", "//127.0.0.1", 1)
-        return value.rstrip("/").removesuffix("/v1")
+        return base_url(value)
 
     @model_validator(mode="after")
     def _other_addresses_need_a_key(self) -> Settings:
@@ -223,6 +219,13 @@ class Settings(BaseSettings):
         return [*LOOPBACK, host, *self.router_allowed_hosts.split(",")]
 
     @property
+    def backends_file(self) -> Path:
+        """The file of backends, which need not be there."""
+        if self.router_backends:
+            return Path(self.router_backends).expanduser()
+        return config_path().with_name("backends.toml")
+
+    @property
     def router_url(self) -> str:
         return _url(self.router_host, self.router_port)
 
@@ -230,6 +233,25 @@ class Settings(BaseSettings):
 def _url(host: str, port: int) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def base_url(value: str) -> str:
+    """A server's address as it is dialled, without `/v1`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    url = urlsplit(value)
+    if url.scheme not in ("http", "https") or not url.hostname or not _is_port(url.netloc):
+        raise ValueError("allowed: an http:// or https:// address, such as http://127.0.0.1:11434")
+    # `localhost` may resolve to ::1, where Ollama does not listen: dial the address.
+    value = value.replace("//localhost", "//127.0.0.1", 1)
+    return value.rstrip("/").removesuffix("/v1")
+
+
+def _is_port(netloc: str) -> bool:
+    port = re.search(r":(\d*)$", netloc.rpartition("@")[2])
+    return port is None or not port[1] or 0 < int(port[1]) < 65536
 
 
 def config_path() -> Path:

@@ -79,7 +79,7 @@ class Stack:
     def probe(self) -> None:
         """Has the router look at both backends now."""
         for backend in self.app.state.services.backends.values():
-            self.run(backend.check())
+            self.run(backend.probe.check())
 
     def __exit__(self, *_: object) -> None:
         self.http.close()

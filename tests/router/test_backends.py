@@ -9,7 +9,7 @@ import pytest
 
 from router.scripted import SSE, Wire, answers, delta, fails, says
 from router.stack import LONG, Stack, answer_of
-from tqstack.router import backends
+from tqstack.router.backends import probe
 
 
 def state(stack: Stack, name: str) -> str:
@@ -71,7 +71,7 @@ def test_errors_of_the_client_make_nobody_sick():
 
 
 def test_a_backend_whose_tokens_come_is_alive_whatever_its_probes_say(monkeypatch):
-    monkeypatch.setattr(backends, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(probe, "PROBE_SECONDS", 0.1)
 
     async def busy(wire: Wire) -> None:
         await wire.raw(SSE)
@@ -88,7 +88,7 @@ def test_a_backend_whose_tokens_come_is_alive_whatever_its_probes_say(monkeypatc
         stack.chat(stream=True)
         stack.probe()
         assert state(stack, "ollama") == "up"
-        monkeypatch.setattr(backends, "KEEP_SECONDS", 0.05)
+        monkeypatch.setattr(probe, "KEEP_SECONDS", 0.05)
         time.sleep(0.1)
         stack.probe()
         assert state(stack, "ollama") == "down"

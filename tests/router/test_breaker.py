@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from tqstack.router.breaker import Breaker
+from tqstack.router.backends.breaker import Breaker
 
 
 def opened(at: float = 0.0) -> Breaker:

@@ -191,8 +191,8 @@ def settle(stack: Stack) -> None:
     """The router has recovered, and nothing of the last request is left."""
     stack.settle()
     for backend in stack.app.state.services.backends.values():
-        assert backend.running == 0
-        backend.breaker.succeeded()
+        assert backend.load.running == 0
+        backend.load.breaker.succeeded()
     stack.probe()
 
 

@@ -9,14 +9,15 @@ import pytest
 
 from router.scripted import Wire, says, whole
 from router.stack import Stack, answer_of, stream_answer
-from tqstack.router import backends, upstream
+from tqstack.router import upstream
+from tqstack.router.backends import probe
 
 HUNG = 0.4
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(backends, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(probe, "PROBE_SECONDS", 0.1)
     monkeypatch.setattr(upstream, "_LOOK_SECONDS", 0.05)
 
 

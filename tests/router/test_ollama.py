@@ -9,7 +9,7 @@ import pytest
 
 from router.scripted import fails
 from router.stack import LONG, Stack
-from tqstack.router.ollama import Contexts
+from tqstack.router.backends.ollama import Contexts
 
 MIDDLE = "word " * 9_000  # short enough for Ollama, by the threshold
 

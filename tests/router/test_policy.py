@@ -12,8 +12,13 @@ from tqstack.openai_api.errors import ApiError
 from tqstack.router.policy import PREFIXES, Ask, View, decide, split_model, threshold_for
 
 THRESHOLD = 1000
-SIDECAR = {"models": {"demo": 100_000}, "own_model": "demo"}
-OLLAMA = {"models": {"llama3:latest": 8_000, "qwen": None}, "own_model": "llama3:latest"}
+SIDECAR = {"models": {"demo": 100_000}, "own_model": "demo", "kind": "sidecar", "role": "long"}
+OLLAMA = {
+    "models": {"llama3:latest": 8_000, "qwen": None},
+    "own_model": "llama3:latest",
+    "kind": "ollama",
+    "role": "short",
+}
 
 
 def views(sidecar="up", ollama="up", **sidecar_facts):
@@ -33,7 +38,10 @@ def ignoring(sidecar="up"):
 
 def cutting(sidecar="up"):
     models = {"llama3:latest": 1_000}
-    return {**views(sidecar), "ollama": View("ollama", "up", models, "llama3:latest", cuts=True)}
+    return {
+        **views(sidecar),
+        "ollama": View("ollama", "up", **{**OLLAMA, "models": models}, cuts=True),
+    }
 
 
 def ask(model="auto", tokens=10, **facts):
@@ -41,9 +49,9 @@ def ask(model="auto", tokens=10, **facts):
 
 
 def route(request, seen):
-    decision = decide(request, seen, THRESHOLD)
-    following = decision.next.backend if decision.next else None
-    return decision.backend, decision.reason, decision.fallback_from, following
+    first, *others = decide(request, seen, THRESHOLD).candidates
+    following = others[0].backend if others else None
+    return first.backend, first.reason, first.fallback_from, following
 
 
 @pytest.mark.parametrize(
@@ -129,13 +137,13 @@ def test_names(model, backend, name):
         with pytest.raises(ApiError, match="no model"):
             decide(ask(model), views(), THRESHOLD)
     else:
-        decision = decide(ask(model), views(), THRESHOLD)
-        assert (decision.backend, decision.model) == (backend, name)
+        first = decide(ask(model), views(), THRESHOLD).candidates[0]
+        assert (first.backend, first.model) == (backend, name)
 
 
 def test_a_name_is_unknown_only_when_every_list_is_known():
     seen = {**views(), "ollama": View("ollama", "up")}
-    assert decide(ask("new-model"), seen, THRESHOLD).model == "new-model"
+    assert decide(ask("new-model"), seen, THRESHOLD).candidates[0].model == "new-model"
 
 
 @pytest.mark.parametrize(
@@ -154,7 +162,8 @@ def test_with_nobody_there_the_error_is_503_and_says_when_to_ask_again(sidecar, 
 
 
 def test_an_estimate_within_its_slack_of_the_context_is_not_refused():
-    assert decide(ask(tokens=9_000, slack=0.25), views("down"), THRESHOLD).backend == "ollama"
+    route = decide(ask(tokens=9_000, slack=0.25), views("down"), THRESHOLD)
+    assert route.candidates[0].backend == "ollama"
     with pytest.raises(ApiError) as error:
         decide(ask(tokens=11_000, slack=0.25), views("off"), THRESHOLD)
     assert error.value.code == "context_length_exceeded"
@@ -167,45 +176,105 @@ def test_a_prompt_over_every_known_context_is_refused_though_one_backend_tells_n
     assert "200000" in error.value.message and "100000" in error.value.message
 
 
+NAMES = frozenset({"sidecar", "ollama", "studio", "desk.2"})
+
+
 @settings(deadline=None)
-@given(st.sampled_from([*PREFIXES, ""]), st.text())
-def test_a_prefix_is_stripped_once_and_forces_its_backend(prefix, name):
-    forced, model = split_model(prefix + name)
-    if prefix:
-        assert (forced, model) == (PREFIXES[prefix], name.strip())
+@given(st.sampled_from([*PREFIXES, *NAMES]), st.text())
+def test_a_prefix_is_stripped_once(prefix, name):
+    assert split_model(f"{prefix.upper()}:{name}", NAMES) == (prefix, name.strip())
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_a_model_s_own_colon_is_no_prefix(name):
+    assert split_model(f"llama3:{name}", NAMES) == (None, f"llama3:{name}")
 
 
 @pytest.mark.parametrize(
     "setting, architecture, expected",
-    [("auto", "softmax", 6_000), ("auto", "hybrid", 16_000), ("auto", None, 16_000), (7, "x", 7)],
+    [("auto", "softmax", 6_000), ("auto", "hybrid", 16_000), ("auto", "", 16_000), (7, "x", 7)],
 )
 def test_the_threshold_follows_the_architecture(setting, architecture, expected):
-    assert threshold_for(setting, architecture) == expected
+    measure = View("sidecar", "up", architecture=architecture)
+    assert threshold_for(setting, measure) == expected
 
 
-STATES = st.sampled_from(["up", "sick", "loading", "down", "off"])
+STATES = st.sampled_from(["up", "sick", "loading", "down"])
+NEEDS = st.frozensets(st.sampled_from(["images", "tools", "guided"]))
+
+
+@st.composite
+def fleets(draw):
+    """Up to six backends, and their tokens of a prompt."""
+    seen = {}
+    for i in range(draw(st.integers(1, 6))):
+        kind = draw(st.sampled_from(["sidecar", "ollama", "openai"]))
+        models = draw(st.dictionaries(st.sampled_from("abc"), st.none() | st.integers(1, 10_000)))
+        seen[f"b{i}"] = View(
+            f"b{i}",
+            draw(STATES | st.just("off") if i and kind == "sidecar" else STATES),
+            models,
+            draw(st.sampled_from([*models, ""])),
+            kind=kind,
+            role=draw(st.sampled_from(["short", "long", "any"])),
+            priority=draw(st.integers(0, 2)),
+            busy=draw(st.booleans()),
+            lacks=draw(NEEDS),
+            ignores=draw(NEEDS),
+            cuts=draw(st.booleans()),
+        )
+    return seen
 
 
 @settings(deadline=None)
 @given(
-    STATES,
-    STATES.filter(lambda state: state != "off"),  # Ollama cannot be switched off
-    st.integers(1, 300_000),
-    st.sampled_from(["auto", "tq:", "ollama:", "qwen", "demo"]),
+    fleets(),
+    st.integers(1, 12_000),
+    st.sampled_from(["auto", "tq:", "ollama:", "b0:", "b1:a", "a", "b"]),
+    st.floats(0, 1),
+    NEEDS,
     st.booleans(),
 )
-def test_a_decision_names_who_can_answer_and_never_the_same_backend_twice(
-    sidecar, ollama, tokens, model, background
+def test_candidates_are_there_hold_the_prompt_and_come_once(
+    seen, tokens, model, slack, needs, background
 ):
-    seen = views(sidecar, ollama)
+    request = Ask(model, dict.fromkeys(seen, tokens), slack, needs, background)
     try:
-        decision = decide(ask(model, tokens, background=background), seen, THRESHOLD)
+        route = decide(request, seen, THRESHOLD)
     except ApiError as error:
         assert error.status in (400, 503)
         return
-    assert seen[decision.backend].state in ("up", "sick")
-    assert decision.fallback_from != decision.backend
-    assert bool(decision.next) != bool(decision.no_next)
-    if decision.next:
-        assert decision.next.backend != decision.backend
-        assert decision.next.fallback_from == decision.backend
+    names = [candidate.backend for candidate in route.candidates]
+    assert names and len(set(names)) == len(names)
+    assert bool(route.alone) == (len(names) == 1)
+    first, *others = route.candidates
+    assert first.fallback_from != first.backend
+    for candidate in route.candidates:
+        view = seen[candidate.backend]
+        assert view.state in ("up", "sick")
+        context = view.models.get(candidate.model)
+        assert context is None or tokens * (1 - slack) < context
+        assert candidate.reason
+    for candidate in others:
+        assert candidate.fallback_from == first.backend
+    # A sick one is asked only after all that are well.
+    states = [seen[name].state for name in names]
+    assert states == sorted(states, key=["up", "sick"].index)
+    # Who has what is asked for comes before who has not; then all have not.
+    lacking = [bool(needs & seen[name].lacks) for name in names]
+    assert all(lacking) or not any(lacking)
+
+
+@settings(deadline=None)
+@given(fleets(), st.integers(1, 900), st.sampled_from(["sidecar", "ollama", "openai"]))
+def test_a_prefix_of_a_kind_is_answered_by_it_while_one_is_well(seen, tokens, kind):
+    prefix = {"sidecar": "tq:", "ollama": "local:", "openai": "b0:"}[kind]
+    meant = [v for v in seen.values() if v.kind == kind]
+    if kind == "openai":
+        meant = [seen["b0"]]
+    if not any(v.state == "up" and (v.context("") or 10_000) > 900 for v in meant):
+        return
+    views_ = {name: replace(v, cuts=False, models={}) for name, v in seen.items()}
+    first = decide(Ask(prefix, dict.fromkeys(seen, tokens)), views_, THRESHOLD).candidates[0]
+    assert first.backend in {v.name for v in meant}

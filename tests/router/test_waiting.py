@@ -109,7 +109,7 @@ def test_a_client_that_leaves_is_felt_by_the_backend_within_10_ms(when):
         assert sorted(delays)[2] < 0.01
         assert list(stack.app.state.services.journal.recent)[-1].outcome == "gone"
         # A client that leaves says nothing about the backend.
-        assert stack.app.state.services.backends["ollama"].breaker.closed
+        assert stack.app.state.services.backends["ollama"].load.breaker.closed
 
 
 def test_sigterm_lets_a_running_stream_end():
@@ -163,4 +163,4 @@ def test_a_hundred_clients_that_leave_leave_no_connection_behind():
         while stack.ollama.open > 1:  # the probe's connection may wait in the pool
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert stack.app.state.services.backends["ollama"].running == 0
+        assert stack.app.state.services.backends["ollama"].load.running == 0

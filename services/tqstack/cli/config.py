@@ -42,6 +42,26 @@ def path() -> None:
 
 
 @app.command()
+def reload() -> None:
+    """Have the running router read backends.toml again. Requests that run are not touched."""
+    import httpx
+
+    chosen = settings()
+    key = chosen.tqstack_api_key
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        answer = httpx.post(
+            f"{chosen.router_url}/reload", headers=headers, timeout=10, trust_env=False
+        )
+        told = answer.json()
+    except (httpx.HTTPError, ValueError) as error:
+        fail(f"the router at {chosen.router_url} does not answer ({error})")
+    if answer.status_code != 200:
+        fail(told["error"]["message"])
+    console.print(f"{chosen.backends_file}: {told['change']}", markup=False, highlight=False)
+
+
+@app.command()
 def write(
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=value; may be repeated")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,7 +23,9 @@ from tqstack.openai_api.schema import (
     TokenizeRequest,
 )
 from tqstack.router import views
-from tqstack.router.backends import Backend
+from tqstack.router.backends.backend import Backend
+from tqstack.router.backends.definition import Definition, definitions
+from tqstack.router.backends.roster import Roster
 from tqstack.router.client import Client
 from tqstack.router.dialects import messages, responses
 from tqstack.router.dialects.messages import Messages, TokenCount, message_tokens
@@ -33,10 +33,11 @@ from tqstack.router.dialects.responses import InputTokens, Responses, input_toke
 from tqstack.router.dialects.stored import ResponseStore
 from tqstack.router.estimate import Estimator
 from tqstack.router.exact import ExactCounter
-from tqstack.router.forward import Endpoint, Forward, Services
+from tqstack.router.forward import Forward
 from tqstack.router.journal import Journal
 from tqstack.router.metrics import Metrics
-from tqstack.router.policy import Name
+from tqstack.router.reload import reloading_at_hangup
+from tqstack.router.services import Endpoint, Services
 from tqstack.router.upstream import Upstream
 from tqstack.settings import Settings
 
@@ -111,17 +112,22 @@ def _with_headers(send: Any, extra: list[tuple[bytes, bytes]]) -> Any:
 
 
 def create_app(settings: Settings) -> RouterApp:
-    """The router, ready to be served. Its backends need not be there."""
+    """The router, ready to be served. Its backends need not be there.
+
+    Raises:
+        SettingsError: the file of backends cannot be used.
+    """
+    found = definitions(settings)
 
     @asynccontextmanager
     async def lifespan(app: RouterApp) -> AsyncIterator[None]:
         upstream = Upstream(settings.router_connect_seconds)
         services = app.state.services = _services(settings, upstream)
+        services.backends.replace(found)
         app.forwards = {e.path: Forward(e, services) for e in FORWARDED}
-        watches = [asyncio.create_task(b.watch()) for b in services.backends.values()]
-        yield
-        for watch in watches:
-            watch.cancel()
+        with reloading_at_hangup(services):
+            yield
+        services.backends.close()
         upstream.close()
 
     app = RouterApp(title="tqstack router", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -132,23 +138,22 @@ def create_app(settings: Settings) -> RouterApp:
     )
     for path, endpoint in VIEWS:
         app.add_api_route(path, endpoint, methods=["GET"])
+    app.add_api_route("/reload", views.reload, methods=["POST"])
     describe(app, _BODIES)
     add_error_handlers(app, [endpoint.path for endpoint in FORWARDED])
     return app
 
 
 def _services(settings: Settings, upstream: Upstream) -> Services:
-    add = partial(
-        Backend,
-        upstream=upstream,
-        hung_seconds=settings.router_hung_seconds,
-        still_seconds=settings.router_first_token_seconds,
-    )
-    on, key = settings.runs_sidecar, settings.tqstack_api_key
-    backends: dict[Name, Backend] = {
-        "sidecar": add("sidecar", settings.sidecar_url, enabled=on, key=key),
-        "ollama": add("ollama", settings.ollama_base_url, model=settings.ollama_model),
-    }
+    def make(definition: Definition) -> Backend:
+        return Backend(
+            definition,
+            upstream,
+            hung_seconds=settings.router_hung_seconds,
+            still_seconds=settings.router_first_token_seconds,
+        )
+
+    backends = Roster(make)
     counter = ExactCounter(settings.model_name)
     metrics = Metrics(backends)
     journal = Journal(metrics.observe)

@@ -1,4 +1,4 @@
-"""The list of models: both backends' own, and the names that force one of them. From memory."""
+"""The list of models: every backend's own, and the names that force one of them. From memory."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from tqstack.openai_api.errors import ApiError
-from tqstack.router.backends import Backend
-from tqstack.router.policy import Name
-
-_PREFIX: dict[Name, str] = {"sidecar": "tq:", "ollama": "ollama:"}
+from tqstack.router.backends.backend import Backend
 
 
-def list_models(backends: Mapping[Name, Backend]) -> list[dict[str, Any]]:
+def list_models(backends: Mapping[str, Backend]) -> list[dict[str, Any]]:
     """Entries for `/v1/models`: `auto` first, then every name plain and with its prefix."""
     plain: dict[str, dict[str, Any]] = {}
     forced = []
     for backend in backends.values():
-        for entry in backend.health.models:
+        for entry in backend.models:
             plain.setdefault(entry["id"], {**_OWN, **entry, "backend": backend.name})
-            name = _PREFIX[backend.name] + entry["id"]
+            name = backend.definition.prefix + entry["id"]
             forced.append({**_OWN, **entry, "id": name, "name": name, "backend": backend.name})
     auto = {**_OWN, "id": "auto", "name": "auto (by prompt length)", "owned_by": "tqstack"}
     return [auto, *plain.values(), *forced]
@@ -28,7 +25,7 @@ def list_models(backends: Mapping[Name, Backend]) -> list[dict[str, Any]]:
 _OWN = {"object": "model", "created": 0, "owned_by": "library"}
 
 
-def find_model(backends: Mapping[Name, Backend], name: str) -> dict[str, Any]:
+def find_model(backends: Mapping[str, Backend], name: str) -> dict[str, Any]:
     """One entry.
 
     Raises:

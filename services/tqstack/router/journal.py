@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from tqstack.router.policy import Decision, Name
+from tqstack.router.policy import Candidate
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Record:
     model: str = ""
     stream: bool = False
     estimate: int | None = None
-    decision: Decision | None = None
+    chosen: Candidate | None = None
     failures: list[str] = field(default_factory=list)
     status: int = 0
     first_token: float | None = None
@@ -53,13 +53,13 @@ class Record:
     left_out: list[str] = field(default_factory=list)
 
     @property
-    def backend(self) -> Name | None:
-        return self.decision.backend if self.decision else None
+    def backend(self) -> str | None:
+        return self.chosen.backend if self.chosen else None
 
     @property
     def reason(self) -> str:
-        """Why this backend: the decision's reason, and the failures that led on from there."""
-        reason = self.decision.reason if self.decision else ""
+        """Why this backend: what chose it, and the failures that led on from there."""
+        reason = self.chosen.reason if self.chosen else ""
         return "; ".join((reason, *self.failures)) if self.failures else reason
 
     @property
@@ -72,7 +72,7 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         """For the log and the status page. It holds no prompt, no answer and no key."""
-        decision, gap = self.decision, self.seconds_per_token
+        chosen, gap = self.chosen, self.seconds_per_token
         return {
             "id": self.id,
             "began_at": round(self.began_at, 3),
@@ -80,9 +80,9 @@ class Record:
             "model": self.model,
             "stream": self.stream,
             "backend": self.backend,
-            "answered_as": decision.model if decision else None,
+            "answered_as": chosen.model if chosen else None,
             "reason": self.reason,
-            "fallback_from": decision.fallback_from if decision else None,
+            "fallback_from": chosen.fallback_from if chosen else None,
             "estimate": self.estimate,
             "prompt_tokens": self.prompt_tokens,
             "output_tokens": self.output_tokens,
@@ -103,11 +103,11 @@ class Record:
         headers = [(b"x-request-id", b"tq-%d" % self.id)]
         if self.estimate is not None:
             headers.append((b"x-tqstack-prompt-tokens", b"%d" % self.estimate))
-        if self.decision:
-            headers.append((b"x-tqstack-backend", self.decision.backend.encode()))
+        if self.chosen:
+            headers.append((b"x-tqstack-backend", self.chosen.backend.encode()))
             headers.append((b"x-tqstack-reason", self.reason.encode()))
-            if self.decision.fallback_from:
-                headers.append((b"x-tqstack-fallback-from", self.decision.fallback_from.encode()))
+            if self.chosen.fallback_from:
+                headers.append((b"x-tqstack-fallback-from", self.chosen.fallback_from.encode()))
         if kinds := sorted({kind for kind in self.left_out if _WORD.fullmatch(kind)}):
             headers.append((b"x-tqstack-left-out", ", ".join(kinds).encode()))
         return headers

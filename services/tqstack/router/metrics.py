@@ -9,9 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily
 
-from tqstack.router.backends import Backend
+from tqstack.router.backends.backend import Backend
 from tqstack.router.journal import Record
-from tqstack.router.policy import Name
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 _PER_TOKEN = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
@@ -23,7 +22,7 @@ _STATES = ("up", "sick", "loading", "down", "off")
 class Metrics:
     """Counts what the journal tells it, and asks the backends how they are when it is scraped."""
 
-    def __init__(self, backends: Mapping[Name, Backend]):
+    def __init__(self, backends: Mapping[str, Backend]):
         self._registry = CollectorRegistry()
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._requests = Counter(
@@ -67,13 +66,13 @@ class Metrics:
 
     def observe(self, record: Record) -> None:
         """Takes in a request that has ended."""
-        decision, backend, child = record.decision, record.backend or "", self._child
-        reason = decision.reason if decision else ""
+        chosen, backend, child = record.chosen, record.backend or "", self._child
+        reason = chosen.reason if chosen else ""
         child(self._requests, record.path, backend, reason, record.outcome).inc()
-        if decision is None or record.outcome != "ok":
+        if chosen is None or record.outcome != "ok":
             return
-        if decision.fallback_from:
-            child(self._fallbacks, decision.fallback_from, backend).inc()
+        if chosen.fallback_from:
+            child(self._fallbacks, chosen.fallback_from, backend).inc()
         if record.seconds is not None:
             child(self._duration, backend).observe(record.seconds)
         if record.first_token is not None and record.stream:
@@ -82,7 +81,7 @@ class Metrics:
             child(self._per_token, backend).observe(record.seconds_per_token)
         if record.prompt_tokens:
             child(self._usage, backend, "input").observe(record.prompt_tokens)
-            child(self._estimates, backend).observe(decision.tokens / record.prompt_tokens)
+            child(self._estimates, backend).observe(chosen.tokens / record.prompt_tokens)
         if record.output_tokens:
             child(self._usage, backend, "output").observe(record.output_tokens)
 
@@ -100,7 +99,7 @@ class Metrics:
 class _BackendCollector:
     """States and loads, read at the moment of the scrape."""
 
-    def __init__(self, backends: Mapping[Name, Backend]):
+    def __init__(self, backends: Mapping[str, Backend]):
         self._backends = backends
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
@@ -113,5 +112,5 @@ class _BackendCollector:
         for backend in self._backends.values():
             for state in _STATES:
                 states.add_metric((backend.name, state), float(backend.view().state == state))
-            running.add_metric((backend.name,), backend.running)
+            running.add_metric((backend.name,), backend.load.running)
         return (states, running)

@@ -10,15 +10,17 @@ from typing import Literal
 from tqstack.openai_api.errors import ApiError, bad_request
 from tqstack.openai_api.schema import ANY_MODEL
 
-Name = Literal["sidecar", "ollama"]
+Kind = Literal["sidecar", "ollama", "openai"]
+Role = Literal["short", "long", "any"]
 State = Literal["up", "sick", "loading", "down", "off"]
 
-PREFIXES: dict[str, Name] = {
-    "tq:": "sidecar",
-    "turbo:": "sidecar",
-    "sidecar:": "sidecar",
-    "ollama:": "ollama",
-    "local:": "ollama",
+# Before a colon and a model's name: any backend of this kind. A backend's own name means just it.
+PREFIXES: dict[str, Kind] = {
+    "tq": "sidecar",
+    "turbo": "sidecar",
+    "sidecar": "sidecar",
+    "ollama": "ollama",
+    "local": "ollama",
 }
 # Prompts of at least so many tokens go to the sidecar, by the architecture of its model: a hybrid's
 # cache is small in any case, so that compressing it pays later.
@@ -36,16 +38,23 @@ class View:
         models: names it serves, with the tokens that each can hold, if known; empty if it never
             told.
         own_model: the one it is asked for when the client's name is not its own.
+        architecture: its model's: `softmax`, `hybrid`, or unknown.
+        role: the length of the prompts that it is for.
+        priority: of those that a prompt may go to, the lowest comes first.
         busy: it has requests running.
         lacks: features that it is known not to have: `tools`, `images`, `logprobs`, ...
         ignores: features whose fields it reads over.
         cuts: it drops what it cannot hold, and says nothing.
     """
 
-    name: Name
+    name: str
     state: State
     models: Mapping[str, int | None] = field(default_factory=dict)
     own_model: str = ""
+    architecture: str = ""
+    kind: Kind = "openai"
+    role: Role = "any"
+    priority: int = 0
     busy: bool = False
     lacks: frozenset[str] = frozenset()
     ignores: frozenset[str] = frozenset()
@@ -81,108 +90,160 @@ class Ask:
     """
 
     model: str
-    tokens: Mapping[Name, int]
+    tokens: Mapping[str, int]
     slack: float = 0.0
     needs: frozenset[str] = frozenset()
     background: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    """Where a request goes.
+class Candidate:
+    """A backend that a request may go to.
 
     Attributes:
         model: the name to ask this backend for.
         reason: a word or two, for the header, the metrics and the log.
         fallback_from: the backend that should have answered, if this one stands in for it.
-        next: what to do if this backend fails before the client had a byte.
-        no_next: why there is no next.
     """
 
-    backend: Name
+    backend: str
     model: str
     tokens: int
     reason: str
-    fallback_from: Name | None = None
-    next: Decision | None = None
-    no_next: str = ""
+    fallback_from: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request goes: to the first candidate, and to the next if that fails before the client
+    had a byte.
+
+    Attributes:
+        alone: why there is nobody else, if there is one candidate only.
+    """
+
+    candidates: tuple[Candidate, ...]
+    alone: str = ""
 
 
 @lru_cache(maxsize=256)
-def split_model(model: str) -> tuple[Name | None, str]:
-    """The backend that a prefix forces, and the name without the prefix."""
-    for prefix, backend in PREFIXES.items():
-        if model[: len(prefix)].lower() == prefix:
-            return backend, model[len(prefix) :].strip()
+def split_model(model: str, names: frozenset[str]) -> tuple[str | None, str]:
+    """The prefix, in small letters, and the name without it.
+
+    Args:
+        names: the backends'.
+    """
+    word, colon, rest = model.partition(":")
+    word = word.lower()
+    if colon and (word in names or word in PREFIXES):
+        return word, rest.strip()
     return None, model
 
 
-def threshold_for(setting: int | Literal["auto"], architecture: str | None) -> int:
+def threshold_for(setting: int | Literal["auto"], measure: View | None) -> int:
+    """Tokens from which on a prompt is long, by the backend that measures it."""
     if setting != "auto":
         return setting
-    return THRESHOLDS.get(architecture or "hybrid", THRESHOLDS["hybrid"])
+    architecture = measure.architecture if measure else ""
+    return THRESHOLDS.get(architecture, THRESHOLDS["hybrid"])
 
 
-def decide(ask: Ask, views: Mapping[Name, View], threshold: int) -> Decision:
-    """The decision for a request.
+def measure_of_length(views: Mapping[str, View]) -> View | None:
+    """The backend by whose tokens a prompt is long or short: the first one for long prompts."""
+    return next((v for v in views.values() if v.role == "long" and v.state != "off"), None)
+
+
+def decide(ask: Ask, views: Mapping[str, View], threshold: int) -> Route:
+    """Who may answer a request, the best first.
 
     Raises:
         ApiError: 400 for a model that nobody has, or a prompt that nobody can hold; 503 if nobody
             who could answer is there.
     """
-    forced, model = split_model(ask.model)
+    prefix, model = split_model(ask.model, frozenset(views))
     enabled = [view for view in views.values() if view.state != "off"]
     _check_known(ask.model, model, enabled)
-    first, reason = _preference(ask, forced, views, threshold)
-    order = sorted(enabled, key=lambda view: view.name != first)
-    able = [view for view in order if _holds(view, model, ask, _longest(enabled, model))]
+    named = _named_by(prefix, views)
+    order, reason = _preference(ask, model, named, views, threshold)
+    if prefix:
+        reason = "prefix"
+    longest = _longest(enabled, model)
+    able = [view for view in order if _holds(view, model, ask, longest)]
     if not able:
         raise _too_long(ask, model, order)
     # Where an estimate may be over what a backend would cut, another one is better.
     able = [view for view in able if not (view.cuts and _may_cut(view, model, ask))] or able
     capable = [view for view in able if not (ask.needs & view.lacks)] or able
-    if not forced:
+    if not prefix:
         capable.sort(key=lambda view: bool(ask.needs & view.ignores))
-    if capable[0].name != first and views[first].state != "off":
-        reason = "context" if views[first] not in able else "features"
+    if capable[0] is not order[0]:
+        reason = "features" if order[0] in able else "context"
     ready = [view for view in capable if view.state in ("up", "sick")]
     if not ready:
         raise _nobody(capable)
     ready.sort(key=lambda view: _RANK[view.state])
     chosen = ready[0]
     # A backend that was set aside for its state, or against a prefix, is named as missing.
-    wanted = forced or capable[0].name
-    missing: Name | None = None
+    wanted, state = capable[0].name, capable[0].state
+    if prefix and capable[0].name not in named:
+        meant = order[0] if order[0].name in named else None
+        wanted = meant.name if meant else PREFIXES.get(prefix, prefix)
+        state = meant.state if meant else "off"
+    missing = None
     if chosen.name != wanted:
-        missing, state = wanted, views[wanted].state
-        reason = reason if state == "up" else f"{wanted}-{state}"
-    following, why = None, ""
-    if len(ready) > 1:
-        other = ready[1]
-        following = Decision(
-            other.name, other.name_for(model), ask.tokens[other.name], reason, chosen.name
-        )
+        missing, reason = wanted, reason if state == "up" else f"{wanted}-{state}"
+    candidates = [_candidate(chosen, model, ask, reason, missing)]
+    candidates += [_candidate(view, model, ask, reason, chosen.name) for view in ready[1:]]
+    alone = "" if len(ready) > 1 else _why_alone(chosen, enabled, able, capable)
+    return Route(tuple(candidates), alone)
+
+
+def _candidate(view: View, model: str, ask: Ask, reason: str, instead_of: str | None) -> Candidate:
+    return Candidate(view.name, view.name_for(model), ask.tokens[view.name], reason, instead_of)
+
+
+def _named_by(prefix: str | None, views: Mapping[str, View]) -> set[str]:
+    """The backends that a prefix means: the one of this name, else those of a kind."""
+    if prefix is None:
+        return set()
+    if prefix in views:
+        return {prefix}
+    return {view.name for view in views.values() if view.kind == PREFIXES[prefix]}
+
+
+def _preference(
+    ask: Ask, model: str, named: set[str], views: Mapping[str, View], threshold: int
+) -> tuple[list[View], str]:
+    """Who should answer, the best first, whatever they can do; and why the first one."""
+    enabled = [view for view in views.values() if view.state != "off"]
+    measure, unfit = measure_of_length(views), "none"
+    if measure is None:
+        reason = "only-backend" if len(enabled) == 1 else "priority"
     else:
-        why = _why_alone(views["ollama" if chosen.name == "sidecar" else "sidecar"], able, capable)
-    return Decision(
-        chosen.name,
-        chosen.name_for(model),
-        ask.tokens[chosen.name],
-        reason,
-        missing,
-        following,
-        why,
-    )
+        long = ask.tokens[measure.name] >= threshold
+        unfit, reason = ("short", "long-prompt") if long else ("long", "short-prompt")
+        if long and ask.background and all(v.busy for v in enabled if v.role != "short"):
+            unfit, reason = "long", "background"
+
+    def key(view: View) -> tuple[bool, bool, bool, int]:
+        unknown = view.knows(model) is None
+        return view.name not in named, view.role == unfit, unknown, view.priority
+
+    return sorted(enabled, key=key), reason
 
 
-def _why_alone(other: View, able: list[View], capable: list[View]) -> str:
-    if other.state == "off":
-        return "there is no other backend"
-    if other not in able:
-        return f"{other.name} cannot hold a prompt of this length"
-    if other not in capable:
-        return f"{other.name} cannot do what this request asks for"
-    return f"{other.name} is {other.state}"
+def _why_alone(chosen: View, enabled: list[View], able: list[View], capable: list[View]) -> str:
+    reasons = []
+    for view in enabled:
+        if view is chosen:
+            continue
+        if view not in able:
+            reasons.append(f"{view.name} cannot hold a prompt of this length")
+        elif view not in capable:
+            reasons.append(f"{view.name} cannot do what this request asks for")
+        else:
+            reasons.append(f"{view.name} is {view.state}")
+    return "; ".join(reasons) or "there is no other backend"
 
 
 def _check_known(written: str, model: str, enabled: list[View]) -> None:
@@ -194,21 +255,6 @@ def _check_known(written: str, model: str, enabled: list[View]) -> None:
         "model",
         "model_not_found",
     )
-
-
-def _preference(
-    ask: Ask, forced: Name | None, views: Mapping[Name, View], threshold: int
-) -> tuple[Name, str]:
-    if forced:
-        return forced, "prefix"
-    sidecar = views["sidecar"]
-    if sidecar.state == "off":
-        return "ollama", "only-backend"
-    if ask.tokens["sidecar"] < threshold:
-        return "ollama", "short-prompt"
-    if ask.background and sidecar.busy:
-        return "ollama", "background"
-    return "sidecar", "long-prompt"
 
 
 def _longest(views: list[View], model: str) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from tqstack.router import failure as failures
-from tqstack.router.backends import Backend
+from tqstack.router.backends.backend import Backend
 from tqstack.router.client import Client, encode
 from tqstack.router.dialects import Dialect
 from tqstack.router.failure import Failure
@@ -83,9 +83,9 @@ class Relay:
             prefill = (record.estimate or 0) / _PREFILL_TOKENS_PER_SECOND
             limit = self._settings.router_first_token_seconds + prefill
         try:
-            headers = _HEADERS | self._backend.headers
-            hopeless = partial(self._backend.hopeless, time.monotonic())
-            answer = await self._upstream.send("POST", url, body, headers, limit, hopeless)
+            headers = _HEADERS | self._backend.address.headers
+            give_up = partial(self._backend.probe.give_up_reason, time.monotonic())
+            answer = await self._upstream.send("POST", url, body, headers, limit, give_up)
             if answer.status != 200:
                 raise await self._refusal(answer)
             if record.stream:
@@ -121,7 +121,7 @@ class Relay:
             if not chunk:
                 message = f"{self._name} ended its stream before the first token"
                 raise failures.broken("unfinished", message)
-            self._backend.answered()  # a comment shows life, too
+            self._backend.probe.answered()  # a comment shows life, too
             ready += self.watch.feed(chunk)
         self._check_error()
         if self.watch.done and not self.watch.whole:
@@ -146,7 +146,7 @@ class Relay:
             chunk = await answer.read(gap)
             if not chunk:
                 break
-            self._backend.answered()
+            self._backend.probe.answered()
             ready = change(watch.feed(chunk))
         if not watch.whole:
             if ready:
@@ -170,7 +170,7 @@ class Relay:
         client, body, ended = self._client, bytearray(), False
         while len(body) <= _LARGEST_HELD and not ended:
             chunk = await answer.read(limit)
-            self._backend.answered()
+            self._backend.probe.answered()
             body += chunk
             ended = not chunk
         whole = self._checked(bytes(body)) if ended else bytes(body)

@@ -24,9 +24,9 @@ IDLE_SECONDS = 15.0  # shorter than any server's: a connection is best closed by
 _HIGH_WATER = 1 << 18
 _LARGEST_HEAD = 1 << 16
 _LARGEST_INFLATION = 1 << 20  # per read
-_LOOK_SECONDS = 1.0  # how often a wait is asked whether it is hopeless
+_LOOK_SECONDS = 1.0  # how often a wait is asked whether to give up
 # Why waiting for an answer makes no sense any more, if it does not.
-Hopeless = Callable[[], str | None]
+GiveUpReason = Callable[[], str | None]
 
 
 class UpstreamError(Exception):
@@ -72,7 +72,7 @@ class _Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._limit = self._deadline = 0.0  # of the wait
-        self._hopeless: Hopeless | None = None
+        self._give_up_reason: GiveUpReason | None = None
         self._error: UpstreamError | None = None
         self._closed = False
         self._reset()
@@ -96,9 +96,9 @@ class _Connection(asyncio.Protocol):
         """Not one byte of an answer has come."""
         return not self.status
 
-    def request(self, data: bytes, body: bytes, hopeless: Hopeless | None) -> None:
+    def request(self, data: bytes, body: bytes, give_up_reason: GiveUpReason | None) -> None:
         self._reset()
-        self._hopeless = hopeless
+        self._give_up_reason = give_up_reason
         # One packet for a small request; no copy of a large one.
         if len(body) < 1 << 16:
             self._transport.write(data + body)
@@ -137,7 +137,7 @@ class _Connection(asyncio.Protocol):
         """At the wait's end at the latest. A timer that was set for the wait before will do, if it
         comes early enough: setting one costs as much as the rest of a wait."""
         then = self._deadline
-        if self._hopeless:
+        if self._give_up_reason:
             then = min(then, self._loop.time() + _LOOK_SECONDS)
         if self._timer:
             if self._timer.when() <= then:
@@ -149,7 +149,7 @@ class _Connection(asyncio.Protocol):
         self._timer = None
         if not self._waiter or self._waiter.done():
             return
-        if reason := self._hopeless and self._hopeless():
+        if reason := self._give_up_reason and self._give_up_reason():
             self._fail("hung", reason)
         elif self._loop.time() >= self._deadline - 0.002:  # a loop's clock counts milliseconds
             self._fail("timeout", f"nothing came for {self._limit:g} s")
@@ -295,11 +295,11 @@ class Upstream:
         body: bytes,
         headers: Mapping[str, str],
         limit: float,
-        hopeless: Hopeless | None = None,
+        give_up_reason: GiveUpReason | None = None,
     ) -> Answer:
         """Sends a request, and waits up to `limit` seconds for the answer's headers.
 
-        `hopeless` is asked every second, here and whenever the answer is waited for.
+        `give_up_reason` is asked every second, here and whenever the answer is waited for.
 
         Raises:
             UpstreamError: nobody listens, or the connection ended before an answer.
@@ -310,7 +310,7 @@ class Upstream:
         while True:
             connection = self._take(pool) or await self._connect(origin)
             try:
-                connection.request(data, body, hopeless)
+                connection.request(data, body, give_up_reason)
                 await connection.wait_head(limit)
                 return Answer(connection, pool)
             except UpstreamError as error:

@@ -7,9 +7,12 @@ from pathlib import Path
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
+from tqstack.openai_api.errors import ApiError
 from tqstack.router.catalog import find_model, list_models
-from tqstack.router.forward import Services
-from tqstack.router.policy import threshold_for
+from tqstack.router.policy import measure_of_length, threshold_for
+from tqstack.router.reload import reload as read_backends
+from tqstack.router.services import Services
+from tqstack.settings import SettingsError
 
 _PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 # Everything is in the one file; it may ask this router, and nobody else.
@@ -47,7 +50,7 @@ async def status(request: Request) -> Response:
     """Everything that the status page and `tqstack top` show."""
     services = _services(request)
     for backend in services.backends.values():
-        backend.freshen(_FRESH_SECONDS)
+        backend.probe.freshen(_FRESH_SECONDS)
     journal = services.journal
     return JSONResponse(
         {
@@ -58,6 +61,15 @@ async def status(request: Request) -> Response:
     )
 
 
+async def reload(request: Request) -> Response:
+    """Reads the file of backends again."""
+    try:
+        change = read_backends(_services(request))
+    except SettingsError as error:
+        raise ApiError(400, f"nothing has changed: {error}", code="bad_settings") from None
+    return JSONResponse({"change": change})
+
+
 async def metrics(request: Request) -> Response:
     body = _services(request).metrics.render()
     return Response(body, media_type="text/plain; version=1.0.0; charset=utf-8")
@@ -66,11 +78,13 @@ async def metrics(request: Request) -> Response:
 def _summary(services: Services) -> dict:
     backends = {backend.name: backend.report() for backend in services.backends.values()}
     alive = any(report["state"] in ("up", "sick") for report in backends.values())
-    setting = services.settings.prompt_token_threshold
+    measure = measure_of_length({b.name: b.view() for b in services.backends.values()})
     return {
         "status": "ok" if alive else "error",
-        "sidecar_available": backends["sidecar"]["state"] == "up",
-        "threshold": threshold_for(setting, services.backends["sidecar"].architecture),
+        "sidecar_available": any(
+            report["kind"] == "sidecar" and report["state"] == "up" for report in backends.values()
+        ),
+        "threshold": threshold_for(services.settings.prompt_token_threshold, measure),
         "running": len(services.journal.running),
         "backends": backends,
     }

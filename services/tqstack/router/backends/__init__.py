@@ -1,0 +1,1 @@
+"""The backends: what they are, how they are, and what they serve."""

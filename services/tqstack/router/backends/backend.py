@@ -1,0 +1,209 @@
+"""One backend: where it is, how it is, what it has to do, and what it serves."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import cached_property
+from typing import Any
+
+import orjson
+
+from tqstack.router.backends.address import Address
+from tqstack.router.backends.definition import Definition
+from tqstack.router.backends.load import Load
+from tqstack.router.backends.ollama import LEAST, Contexts
+from tqstack.router.backends.probe import Health, Probe
+from tqstack.router.failure import Failure, too_long
+from tqstack.router.policy import Kind, State, View
+from tqstack.router.upstream import Upstream, UpstreamError
+
+_CHAT_ONLY = ("/v1/responses", "/v1/messages")  # sidecar, Ollama: translated by the router
+# What the sidecar cannot do, unless its `/health` lists it under `capabilities`.
+_SIDECAR_LACKS = frozenset({"embeddings", "images", "logprobs", "json_object", "json_schema"})
+# What Ollama (0.33) refuses, and what it reads over; another server in its place may do it.
+_OLLAMA_LACKS = frozenset({"tokenize", "prompts"})
+_OLLAMA_IGNORES = frozenset(
+    {"guided", "tool_choice", "choices", "echo", "logit_bias", "text_logprobs"}
+)
+_TOKENIZE = "/tokenize"  # vLLM's, and the sidecar's
+_TOKENIZE_SECONDS = 10.0
+
+
+class Backend:
+    """
+    Attributes:
+        address: where it is.
+        probe: how it is.
+        load: what it has to do for us.
+    """
+
+    def __init__(
+        self,
+        definition: Definition,
+        upstream: Upstream,
+        *,
+        hung_seconds: float = 10,
+        still_seconds: float = 180,
+    ):
+        self.definition = definition
+        self.name = definition.name
+        self.kind: Kind = definition.kind
+        self.address = Address(definition.url, definition.key.get_secret_value(), upstream)
+        self.load = Load()
+        self._contexts = Contexts(self.address.fetch) if self.kind == "ollama" else None
+        self.probe = Probe(
+            self.name,
+            self.address,
+            enabled=definition.enabled,
+            reports=self.kind == "sidecar",
+            contexts=self._contexts,
+            changed=self._health_changed,
+            hung_seconds=hung_seconds,
+            still_seconds=still_seconds,
+        )
+        # Answered with 404; asked again after it was away.
+        self._unsupported_paths: set[str] = set(self._never_supported)
+        self._views: dict[tuple[State, bool], View] = {}
+
+    @cached_property
+    def _never_supported(self) -> tuple[str, ...]:
+        return _CHAT_ONLY if self.kind == "sidecar" else ()
+
+    def speaks(self, path: str) -> bool:
+        """Whether it takes this path itself, as far as is known.
+
+        Ollama takes them all, but drops namespaces of tools, fails on custom ones, and reads over
+        tool_choice and forms in Messages: what is translated here loses less.
+        """
+        return path not in self._unsupported_paths and not (path in _CHAT_ONLY and self.is_ollama)
+
+    def does_not_speak(self, path: str) -> None:
+        self._unsupported_paths.add(path)
+
+    @property
+    def is_ollama(self) -> bool:
+        """Whether it is an Ollama, and no other server in its place, as far as is known."""
+        return self._contexts is not None and self._contexts.is_ollama
+
+    @property
+    def health(self) -> Health:
+        return self.probe.health
+
+    @property
+    def models(self) -> list[dict[str, Any]]:
+        """Entries of its `/v1/models`, as far as it may be asked for them."""
+        allowed = self.definition.models
+        return [e for e in self.health.models if not allowed or e["id"] in allowed]
+
+    def view(self) -> View:
+        state = self.health.state
+        if state == "up" and self.load.sick:
+            state = "sick"
+        key = (state, bool(self.load.running or self.health.running))
+        view = self._views.get(key)
+        if view is None:
+            view = self._views[key] = self._make_view(*key)
+        return view
+
+    def _make_view(self, state: State, busy: bool) -> View:
+        definition = self.definition
+        models = {entry["id"]: _context(entry) for entry in self.models}
+        own = definition.default_model or next(iter((*definition.models, *models)), "")
+        if isinstance(length := self.health.model.get("context_length"), int):
+            models[own] = length
+        lacks = ignores = frozenset()
+        if self.kind == "sidecar":
+            lacks = _SIDECAR_LACKS - set(self.health.report.get("capabilities") or ())
+        elif self.is_ollama:
+            lacks, ignores = _OLLAMA_LACKS, _OLLAMA_IGNORES
+        return View(
+            self.name,
+            state,
+            models,
+            own,
+            str(self.health.model.get("architecture") or ""),
+            self.kind,
+            definition.role,
+            definition.priority,
+            busy,
+            lacks,
+            ignores,
+            cuts=self.is_ollama,
+        )
+
+    async def check_context(self, model: str, tokens: float, seconds: float) -> None:
+        """Makes sure that it holds so many tokens, where only loading the model can tell.
+
+        Raises:
+            Failure: it does not.
+        """
+        if tokens < LEAST or not (self._contexts and self._contexts.unknown(model)):
+            return
+        with contextlib.suppress(UpstreamError):  # the request itself will tell
+            await self._contexts.load(model, seconds)
+        await self.probe.check()
+        context = self.view().context(model)
+        if context is not None and tokens >= context:
+            raise too_long(self.name, model, context)
+
+    async def count_tokens(self, chat: dict[str, Any]) -> int | None:
+        """Tokens of a chat's prompt by the model's own template, if this backend tells."""
+        if self.health.state != "up" or not self.speaks(_TOKENIZE):
+            return None
+        try:
+            _, answer = await self.address.fetch(_TOKENIZE, orjson.dumps(chat), _TOKENIZE_SECONDS)
+        except UpstreamError:
+            return None
+        except ValueError:
+            answer = {}
+        count = answer.get("count")
+        if not isinstance(count, int):
+            self.does_not_speak(_TOKENIZE)
+            return None
+        return count
+
+    def report(self) -> dict[str, Any]:
+        """What `/health` and the status page tell of this backend."""
+        view = self.view()
+        return {
+            "state": view.state,
+            "kind": self.kind,
+            "role": view.role,
+            "detail": self.health.detail,
+            "url": self.address.url,
+            "model": view.own_model,
+            "models": len(view.models),
+            "context_length": view.context(view.own_model),
+            "running": self.load.running,
+            "health": self.health.report,
+        }
+
+    def succeeded(self) -> None:
+        self.probe.answered()
+        self.load.succeeded()
+
+    def failed(self, failure: Failure) -> None:
+        """Counts a failure, if it was this backend's, and has it probed at once."""
+        if not failure.sick:
+            return
+        self.load.failed()
+        if failure.kind == "refused":
+            self.probe.refuses()
+        self.probe.doubt()
+
+    def _health_changed(self, before: Health, after: Health) -> None:
+        self._views.clear()
+        if after.state == before.state:
+            return
+        if after.state == "up" and before.state in ("down", "loading"):
+            # A fresh process owes nothing for its predecessor, and may be a newer version.
+            self.load.succeeded()
+            self._unsupported_paths = set(self._never_supported)
+        elif self._contexts and after.state == "down":
+            self._contexts.restart()
+
+
+def _context(entry: dict[str, Any]) -> int | None:
+    """Tokens that a model can hold, by its entry in `/v1/models` (`max_model_len` is vLLM's)."""
+    length = entry.get("context_length") or entry.get("max_model_len")
+    return length if isinstance(length, int) else None

@@ -1,0 +1,239 @@
+"""One request: who may answer it, and trying them in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import orjson
+
+from tqstack.openai_api.errors import ApiError
+from tqstack.router.amend import amended, ignored
+from tqstack.router.backends.backend import Backend
+from tqstack.router.client import Client
+from tqstack.router.estimate import Size, measure
+from tqstack.router.exact import NEAR
+from tqstack.router.failure import Failure
+from tqstack.router.journal import Record
+from tqstack.router.needs import is_background, needs_of
+from tqstack.router.policy import (
+    Ask,
+    Candidate,
+    Route,
+    View,
+    decide,
+    measure_of_length,
+    split_model,
+    threshold_for,
+)
+from tqstack.router.prefill import begun_by
+from tqstack.router.relay import Relay
+from tqstack.router.rewrite import with_model
+from tqstack.router.services import Endpoint, Services
+
+log = logging.getLogger(__name__)
+
+# How far an estimate may be off before a prompt counts as too long for a backend; nearer than that,
+# the backend's own count decides.
+_SLACK = 0.25
+_CHAT = "/v1/chat/completions"
+_AMENDED = frozenset({_CHAT, "/v1/completions"})
+_EXPENSIVE_SECONDS = 10.0  # a failure after so long is not worth the SDK's automatic retries
+
+
+class Exchange:
+    """One request, from its parsed body to the last byte of its answer."""
+
+    def __init__(
+        self,
+        services: Services,
+        client: Client,
+        record: Record,
+        endpoint: Endpoint,
+        body: bytes,
+        request: dict[str, Any],
+        chat: dict[str, Any],
+    ):
+        self._services = services
+        self._backends = services.backends.current
+        self._client = client
+        self._record = record
+        self._endpoint = endpoint
+        self._body = body
+        self._request = request
+        self._chat = chat  # the same, in terms of chat
+        self.original = request  # as it came
+        self._size: Size = measure(chat)
+        self._relay: Relay | None = None
+        # Each text to embed is a prompt of its own: their sum says nothing.
+        self._slack = 1.0 if "embeddings" in endpoint.needs else _SLACK
+        record.model = request.get("model") or ""
+        # What is asked of one kind of backend only is no text: it comes in one piece.
+        record.stream = bool(request.get("stream")) and not endpoint.needs
+
+    async def run(self) -> None:
+        """Answers the client.
+
+        Raises:
+            ApiError: no backend can take this request.
+        """
+        route = await self._decide()
+        dialect, record = self._endpoint.dialect, self._record
+        if record.stream:
+            if dialect:
+                self._client.stream = dialect.stream(self.original, record.estimate or 0)
+            seconds = self._services.settings.router_ping_seconds
+            self._client.ping_every(seconds, self._record.headers, self._progress)
+        place: int | None = 0
+        try:
+            while place is not None:
+                place = await self._try(route, place)
+        finally:
+            await self._client.stop_pings()
+
+    async def count(self, answer: Callable[[int], dict[str, Any]]) -> None:
+        """Tells the client its prompt's tokens, for the model that would answer.
+
+        Raises:
+            ApiError: nobody has this model.
+        """
+        record = self._record
+        best: Candidate | None = None
+        try:
+            best = (await self._decide()).candidates[0]
+        except ApiError as error:  # nobody is there, or holds it: it can be counted all the same
+            if error.code == "model_not_found":
+                raise
+        tokens = None
+        backend = self._backends[best.backend] if best else None
+        if backend and best:
+            tokens = await backend.count_tokens({**self._chat, "model": best.model})
+        if tokens is None and (backend is None or backend.kind == "sidecar"):
+            tokens = await self._services.counter.count(self._chat)
+        record.estimate = tokens or record.estimate
+        record.outcome, record.status = "ok", 200
+        await self._client.json(200, answer(record.estimate or 0), record.headers())
+
+    async def _decide(self) -> Route:
+        record, backends = self._record, self._backends.values()
+        if not all(backend.health.asked for backend in backends):
+            await self._look()
+        views = {backend.name: backend.view() for backend in backends}
+        ask, measure = self._ask(views), measure_of_length(views)
+        threshold = threshold_for(self._services.settings.prompt_token_threshold, measure)
+        record.estimate = next(iter(ask.tokens.values()))
+        if measure:
+            ask = await self._counted(ask, measure, threshold)
+            record.estimate = ask.tokens[measure.name]
+        try:
+            route = decide(ask, views, threshold)
+        except ApiError as error:
+            if error.status != 503:
+                raise
+            # Nobody is there, by the last probe; perhaps somebody is now.
+            await self._look()
+            route = decide(ask, {b.name: b.view() for b in backends}, threshold)
+        self._choose(route.candidates[0])
+        return route
+
+    async def _look(self) -> None:
+        await asyncio.gather(*(backend.probe.check() for backend in self._backends.values()))
+
+    async def _counted(self, ask: Ask, measure: View, threshold: int) -> Ask:
+        """With the tokens counted, where the estimate is too near the threshold to decide."""
+        if measure.kind != "sidecar" or abs(ask.tokens[measure.name] / threshold - 1) >= NEAR:
+            return ask
+        tokens = await self._services.counter.count(self._chat)
+        return replace(ask, tokens={**ask.tokens, measure.name: tokens}) if tokens else ask
+
+    def _ask(self, views: Mapping[str, View]) -> Ask:
+        record, estimate = self._record, self._services.estimator.tokens
+        name = split_model(record.model, frozenset(views))[1]
+        tokens = {
+            backend: estimate(view.name_for(name), self._size) for backend, view in views.items()
+        }
+        needs = self._endpoint.needs or needs_of(self._chat, self._size.images)
+        return Ask(record.model, tokens, self._slack, needs, is_background(self._chat))
+
+    def _choose(self, candidate: Candidate) -> None:
+        self._record.chosen, self._record.estimate = candidate, candidate.tokens
+
+    def _progress(self) -> str:
+        comment = self._relay.watch.comment if self._relay else ""
+        return comment or "waiting for the first token"
+
+    async def _try(self, route: Route, place: int) -> int | None:
+        """Answers through one candidate, or gives back the place of the one to try next."""
+        services, record, client = self._services, self._record, self._client
+        candidate = route.candidates[place]
+        backend = self._backends[candidate.backend]
+        self._choose(candidate)
+        path, dialect = self._endpoint.path, self._endpoint.dialect
+        native = dialect is None or backend.speaks(path)
+        if native:
+            body = self._native_body(backend, candidate.model)
+        else:
+            chat = amended(self._chat) if backend.is_ollama else self._chat
+            body, path = orjson.dumps({**chat, "model": candidate.model}), _CHAT
+        record.left_out = [] if native or not dialect else dialect.left_out(self._request)
+        if backend.is_ollama:
+            sent = self._request if native else self._chat
+            record.left_out += ignored(path, sent)
+        relay = Relay(backend, services.settings, services.upstream, client, record)
+        if backend.is_ollama and path == _CHAT:
+            relay.begun = begun_by(self._chat)
+        if dialect:
+            relay.speak(dialect, self.original, translated=not native)
+        self._relay = relay
+        backend.load.begin()
+        try:
+            await backend.check_context(
+                candidate.model,
+                candidate.tokens * (1 - self._slack),
+                services.settings.router_first_token_seconds,
+            )
+            await relay.run(backend.address.url + path, body)
+        except Failure as failure:
+            if dialect and native and failure.kind in ("status-404", "status-405", "status-501"):
+                backend.does_not_speak(path)
+                return place
+            log.warning("request %d: %s failed it: %s", record.id, backend.name, failure)
+            backend.failed(failure)
+            following = route.candidates[place + 1 : place + 2]
+            if following and failure.elsewhere and not client.answered:
+                record.failures.append(f"{backend.name} {failure.kind}")
+                await client.note(f"{backend.name} failed; asking {following[0].backend}")
+                return place + 1
+            await self._give_up(failure, route.alone)
+        else:
+            record.outcome = "ok"
+            backend.succeeded()
+            if record.prompt_tokens:
+                services.estimator.learn(candidate.model, self._size, record.prompt_tokens)
+        finally:
+            backend.load.end()
+        return None
+
+    def _native_body(self, backend: Backend, model: str) -> bytes:
+        """The request as it came, as far as the backend reads it."""
+        if backend.is_ollama and self._endpoint.path in _AMENDED:
+            request = amended(self._request)
+            if request is not self._request:
+                return orjson.dumps({**request, "model": model})
+        return with_model(self._body, self._request, model)
+
+    async def _give_up(self, failure: Failure, alone: str) -> None:
+        client, record, error = self._client, self._record, failure.error
+        record.outcome, record.error, record.status = "failed", str(failure), error.status
+        await client.stop_pings()
+        if failure.elsewhere and alone and not client.answered:
+            error.message += f" ({alone})"
+        if time.perf_counter() - record.began > _EXPENSIVE_SECONDS:
+            error.retry = False
+        if client.answered and not record.stream:
+            return  # an error has no place inside a JSON body: the connection is cut instead
+        await client.fail(error, record.headers())

@@ -1,0 +1,47 @@
+"""What all requests share, and what differs between the paths that they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from tqstack.openai_api.schema import Passing
+from tqstack.router.backends.roster import Roster
+from tqstack.router.dialects import Dialect
+from tqstack.router.estimate import Estimator
+from tqstack.router.exact import ExactCounter
+from tqstack.router.journal import Journal
+from tqstack.router.metrics import Metrics
+from tqstack.router.upstream import Upstream
+from tqstack.settings import Settings
+
+
+@dataclass(frozen=True)
+class Services:
+    """What all exchanges share."""
+
+    settings: Settings
+    upstream: Upstream
+    backends: Roster
+    estimator: Estimator
+    counter: ExactCounter
+    journal: Journal
+    metrics: Metrics
+
+
+class Endpoint(NamedTuple):
+    """A path that goes to a backend.
+
+    Attributes:
+        schema: what its request must look like, in terms of chat if there is a dialect.
+        dialect: how to translate it for a backend that does not know the path.
+        needs: what a backend must be able to do, whatever the request holds.
+        counted: the answer to a request that asks for its prompt's tokens only.
+    """
+
+    path: str
+    schema: type[Passing]
+    dialect: Dialect | None = None
+    needs: frozenset[str] = frozenset()
+    counted: Callable[[int], dict[str, Any]] | None = None
