@@ -39,6 +39,7 @@ class Stack:
         self._start = (sidecar, ollama)
         self.sidecar = Scripted("sidecar", says("from ", "the ", "sidecar"), ["demo"], {**HYBRID})
         self.ollama = Scripted("ollama", says("from ", "ollama"), ["llama3:latest", "qwen"])
+        self.scripted = [self.sidecar, self.ollama]
 
     def __enter__(self) -> Stack:
         self._thread.start()
@@ -77,7 +78,7 @@ class Stack:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
 
     def probe(self) -> None:
-        """Has the router look at both backends now."""
+        """Has the router look at its backends now."""
         for backend in self.app.state.services.backends.values():
             self.run(backend.probe.check())
 
@@ -95,7 +96,7 @@ class Stack:
         A client has its answer a moment before the router has written it down.
         """
         journal, deadline = self.app.state.services.journal, time.monotonic() + 3
-        while journal.running or self.sidecar.busy or self.ollama.busy:
+        while journal.running or any(backend.busy for backend in self.scripted):
             assert time.monotonic() < deadline, "a request was left behind"
             time.sleep(0.002)
 
@@ -105,8 +106,8 @@ class Stack:
 
     async def _down(self) -> None:
         self.stop_serving()
-        await self.sidecar.stop()
-        await self.ollama.stop()
+        for backend in self.scripted:
+            await backend.stop()
         await self._serving
 
     def post(self, path: str = "/v1/chat/completions", **body: Any) -> httpx.Response:

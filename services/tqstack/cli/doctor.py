@@ -54,7 +54,7 @@ def examine() -> Iterator[Finding]:
     yield from checks.permissions(settings)
     yield from checks.ports(settings)
     yield checks.services()
-    yield _backend("ollama", settings.ollama_base_url, "/v1/models", "start it: ollama serve")
+    yield from _backends(settings)
     yield from _model(settings)
 
 
@@ -89,12 +89,28 @@ def _device() -> Finding:
     )
 
 
-def _backend(name: str, url: str, path: str, advice: str) -> Finding:
-    import httpx
+def _backends(settings: Settings) -> Iterator[Finding]:
+    """All of the router's but this machine's sidecar, which is told of with its port."""
+    from tqstack.router.backends.definition import definitions
 
     try:
-        with httpx.Client(trust_env=False, timeout=2) as client:
-            client.get(url + path).raise_for_status()
+        found = definitions(settings)
+    except SettingsError as error:
+        yield Finding("backends", "wrong", str(error), "edit that file")
+        return
+    for one in found:
+        if one.kind != "sidecar" or one.url != settings.sidecar_url:
+            advice = "start it: ollama serve" if one.kind == "ollama" else "start it"
+            yield _backend(one.name, one.url, one.key.get_secret_value(), advice)
+
+
+def _backend(name: str, url: str, key: str, advice: str) -> Finding:
+    import httpx
+
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        with httpx.Client(trust_env=False, timeout=2, headers=headers) as client:
+            client.get(f"{url}/v1/models").raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return Finding(name, "note", f"{url} does not answer ({type(error).__name__})", advice)
     return Finding(name, "ok", f"{url} answers")

@@ -16,7 +16,7 @@ from rich.text import Text
 from tqstack.cli.common import console, settings
 
 _STATE = {"up": "green", "sick": "red", "loading": "yellow", "down": "red", "off": "dim"}
-_NAME = {"sidecar": "blue", "ollama": "yellow"}
+_KIND = {"sidecar": "blue", "ollama": "yellow", "openai": "magenta"}
 
 
 def top(
@@ -58,6 +58,7 @@ def top(
 
 def screen(status: dict[str, Any], rows: int) -> Group:
     """The whole picture for one answer of the router's `/status`."""
+    styles = {name: _KIND[backend["kind"]] for name, backend in status["backends"].items()}
     cards = [_card(name, backend) for name, backend in status["backends"].items()]
     head = Text(
         f"tqstack · {status['threshold']:,} tokens and more go to the sidecar · "
@@ -67,8 +68,8 @@ def screen(status: dict[str, Any], rows: int) -> Group:
     return Group(
         head,
         Columns(cards, equal=True, expand=True),
-        _table("now", status["requests"][:rows]),
-        _table("last", status["recent"][:rows]),
+        _table("now", status["requests"][:rows], styles),
+        _table("last", status["recent"][:rows], styles),
     )
 
 
@@ -84,10 +85,10 @@ def _card(name: str, backend: dict[str, Any]) -> Panel:
         facts.add_row("cache", f"{used:,.1f} MB of {full:,.1f} MB in 16 bits")
     elif backend["state"] not in ("up", "off"):
         facts.add_row("why", backend["detail"])
-    return Panel(facts, title=name, border_style=_NAME[name], title_align="left")
+    return Panel(facts, title=name, border_style=_KIND[backend["kind"]], title_align="left")
 
 
-def _table(title: str, records: list[dict[str, Any]]) -> Table:
+def _table(title: str, records: list[dict[str, Any]], styles: dict[str, str]) -> Table:
     table = Table(title=title, title_justify="left", expand=True, box=None, header_style="dim")
     for name in ("time", "asked for", "backend", "why"):
         table.add_column(name, no_wrap=True, overflow="ellipsis")
@@ -99,7 +100,7 @@ def _table(title: str, records: list[dict[str, Any]]) -> Table:
         table.add_row(
             time.strftime("%H:%M:%S", time.localtime(record["began_at"])),
             record["model"] or "auto",
-            Text(backend or "–", style=_NAME.get(backend, "")),
+            Text(backend or "–", style=styles.get(backend, "")),
             record["error"] or record["reason"] or "–",
             _tokens(record),
             _count(record["output_tokens"]),

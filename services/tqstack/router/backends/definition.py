@@ -118,6 +118,8 @@ def definitions(settings: Settings) -> list[Definition]:
     names = [one.name for one in found]
     if twice := {name for name in names if names.count(name) > 1}:
         raise SettingsError(f"{path}: there is more than one backend {min(twice)!r}")
+    if not any(one.enabled for one in found):
+        raise SettingsError(f"{path}: every backend is switched off; leave `enabled` out of one")
     return found
 
 
