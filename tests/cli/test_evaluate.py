@@ -14,8 +14,8 @@ from mlx_lm.convert import convert
 from processes import tqstack
 from tqstack import demo_model
 from tqstack.bench.evaluate import check_affine, windows
-from tqstack.bench.weight_bits import stored
 from tqstack.models.safetensors import Tensor
+from tqstack.models.weight_bits import stored
 
 
 @pytest.fixture(scope="module")

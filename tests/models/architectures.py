@@ -22,6 +22,16 @@ COMMON = {
     "rope_theta": 10_000.0,
     "tie_word_embeddings": True,
 }
+# Small sizes of the 35B geometry: experts, three recurrent layers and a softmax layer.
+SMALL_35B = {
+    "hidden_size": 128,
+    "num_experts": 16,
+    "vocab_size": 256,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 MIXTURE = {
     "num_experts": 4,
     "num_experts_per_tok": 2,

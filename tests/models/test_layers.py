@@ -11,24 +11,14 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU
 
+from models.architectures import SMALL_35B
 from tqstack.bench import shapes
 from tqstack.models.layers import convolution, experts, steps
-
-# Small sizes of the 35B geometry: experts, three recurrent layers and a softmax layer.
-SMALL = {
-    "hidden_size": 128,
-    "num_experts": 16,
-    "vocab_size": 256,
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 64,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-}
 
 
 def build() -> nn.Module:
     mx.random.seed(0)
-    return shapes.build("qwen3.5-35b-a3b", layers=4, **SMALL)
+    return shapes.build("qwen3.5-35b-a3b", layers=4, **SMALL_35B)
 
 
 def logits(model: nn.Module, batch: int = 2, tokens: int = 4) -> list[mx.array]:

@@ -15,6 +15,7 @@ from mlx_lm.utils import _get_classes
 
 from attention import cpp_kernels
 from attention.cpp_kernels import in_cpp  # noqa: F401
+from models.architectures import SMALL_35B
 from tqstack.attention.kernels import trust
 from tqstack.attention.kernels.program import Program
 from tqstack.attention.kernels.trust import distance
@@ -29,16 +30,9 @@ from tqstack.weights.recipe import layers_of, reason_to_keep
 pytestmark = pytest.mark.skipif(not cpp_kernels.COMPILER, reason="the C++ dialect needs g++")
 
 BOTH = pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
-# Small sizes of the 35B geometry: experts, three recurrent layers and a softmax layer.
 SMALL = {
-    "hidden_size": 128,
+    **SMALL_35B,
     "num_attention_heads": 4,
-    "num_experts": 16,
-    "vocab_size": 256,
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 64,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
 }

@@ -131,6 +131,19 @@ def test_a_killed_conversion_goes_on_to_identical_files(tmp_path):
     assert digests(broken) == digests(whole)
 
 
+def test_a_folder_belongs_to_one_conversion_at_a_time(folder_of, tmp_path):
+    source, refused = folder_of("llama"), []
+
+    def again(done: int, total: int) -> None:
+        with pytest.raises(ConversionError, match="another conversion is writing"):
+            convert(source, tmp_path / "out", LLOYD)
+        refused.append(done)
+
+    convert(source, tmp_path / "out", LLOYD, progress=again)
+    assert refused
+    mlx_lm.load(str(tmp_path / "out"), lazy=True)
+
+
 def test_an_unfinished_folder_is_no_model_and_takes_no_other_options(tmp_path, monkeypatch):
     folder = tmp_path / "out"
 

@@ -24,18 +24,18 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import dequantize_model
 
 from tqstack.bench import speed
-from tqstack.bench.weight_bits import Stored, stored
 from tqstack.models.adapt import adapt
 from tqstack.models.device import this_machine
 from tqstack.models.load import expand, load_model
 from tqstack.models.safetensors import Tensor, model_tensors
 from tqstack.models.spec import read_spec
+from tqstack.models.weight_bits import Stored, stored
+from tqstack.weights.loading import FORMATS
 
 WINDOW = 1024
 CHUNK = 256  # tokens whose logits exist at once
 AFFINE_GROUP = 64
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
-PACKED_MODES = ("tqstack", "turboquant")  # nothing that mlx could quantize is left in these
 GENERATED, TRIALS = 32, 3
 DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 
@@ -212,7 +212,7 @@ def check_affine(name: str, bits: Sequence[int]) -> None:
         allowed = ", ".join(map(str, AFFINE_BITS))
         raise ValueError(f"--affine {wrong[0]}: mlx has affine codes of {allowed} bits")
     mode = (read_spec(name).config.get("quantization") or {}).get("mode")
-    if bits and mode in PACKED_MODES:
+    if bits and mode in FORMATS:
         raise ValueError(f"--affine needs a reference that is not compressed; {name} is ({mode})")
 
 

@@ -106,3 +106,8 @@ def preload_openblas() -> None:
     environment = with_openblas(dict(os.environ))
     if environment.get("LD_PRELOAD") != os.environ.get("LD_PRELOAD"):
         os.execve(sys.executable, [sys.executable, "-m", "tqstack", *sys.argv[1:]], environment)
+
+
+def size(count: int) -> str:
+    """Bytes for people, in decimal units, as disks and macOS count."""
+    return f"{count / 1e9:.2f} GB" if abs(count) >= 1e9 else f"{count / 1e6:.1f} MB"

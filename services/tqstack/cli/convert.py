@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tqstack.cli.common import console, errors, fail, preload_openblas
+from tqstack.cli.common import console, errors, fail, preload_openblas, size
 
 if TYPE_CHECKING:
     from tqstack.weights.convert import Converted
@@ -38,7 +38,7 @@ def convert(
     qjl: Annotated[
         bool, typer.Option("--qjl", help="a bit more per weight: signs of what the code misses")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="of the rotation")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="of the rotation")] = 0,
 ) -> None:
     """Compress a model's weights. Interrupted, the same command goes on where it stopped."""
     preload_openblas()
@@ -127,17 +127,13 @@ def _print(done: Converted, destination: Path, divergence: str) -> None:
     table.add_row("coded layers", str(done.recipe))
     for why, count in Counter(done.recipe.kept.values()).items():
         table.add_row("kept as they are", f"{count}: {why}")
-    table.add_row("size", _size(done.nbytes))
+    table.add_row("size", size(done.nbytes))
     table.add_row("bits per coded weight", f"{done.coded_bits:.3f}")
     table.add_row("divergence", divergence)
-    table.add_row("peak memory", _size(done.peak_memory))
-    table.add_row("largest layer of the source", _size(done.largest_layer))
+    table.add_row("peak memory", size(done.peak_memory))
+    table.add_row("largest layer of the source", size(done.largest_layer))
     console.print(table, highlight=False)
     console.print(f"tqstack generate {destination} 'Hello'", style="dim", highlight=False)
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB"
 
 
 def _bar() -> Progress:

@@ -10,7 +10,7 @@ import typer
 from rich.progress import track
 
 from tqstack.cli.bench import Output, Plot, numbers, show, write
-from tqstack.cli.common import console, errors, fail, preload_openblas
+from tqstack.cli.common import console, errors, fail, preload_openblas, size
 
 if TYPE_CHECKING:
     from tqstack.bench.evaluate import Row
@@ -142,7 +142,7 @@ def _print(rows: list[Row], against: bool) -> None:
     columns: dict[str, Any] = {
         "model": lambda row: row.model,
         "bits/weight": lambda row: f"{row.bits_per_weight:.3f}",
-        "size": lambda row: _size(row.weight_bytes),
+        "size": lambda row: size(row.weight_bytes),
         "perplexity": lambda row: f"{row.perplexity:,.3f}",
     }
     if against:
@@ -161,7 +161,3 @@ def _print(rows: list[Row], against: bool) -> None:
 
 def _divergence(row: Row) -> str:
     return "" if row.kl_divergence is None else f"{row.kl_divergence:.5f} ± {row.kl_error:.5f}"
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB"

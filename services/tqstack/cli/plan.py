@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tqstack.cli.common import console, fail, settings
+from tqstack.cli.common import console, fail, settings, size
 from tqstack.machine import machine_memory
 from tqstack.settings import Settings
 
@@ -174,8 +174,3 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     yield "[red]It does not fit.[/] What would:"
     for line in report["advice"]:
         yield f"  {line}"
-
-
-def size(count: int) -> str:
-    """Bytes for people, in decimal units, as disks and macOS count."""
-    return f"{count / 1e9:.2f} GB" if abs(count) >= 1e9 else f"{count / 1e6:.1f} MB"

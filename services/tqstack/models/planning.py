@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ from tqstack.models.families.mla import caches_latents
 from tqstack.models.plan import Machine, Plan, geometric_plan
 from tqstack.models.safetensors import Tensor, model_tensors
 from tqstack.models.spec import ModelSpec, read_spec
+from tqstack.models.weight_bits import expanded_bytes
 from tqstack.settings import Settings
-from tqstack.weights.loading import MODE
-from tqstack.weights.tiles import VALUES
 
 # Parts of a checkpoint that mlx-lm drops: the vision tower and multi-token prediction.
 NOT_LOADED = ("vision_tower", "model.visual", "visual.", "mtp.")
@@ -120,22 +118,6 @@ def weight_bytes(
         as_float32: as on the CPU, where quantized matrices are expanded and all becomes float32.
     """
     loaded = {n: t for n, t in tensors.items() if not any(part in n for part in NOT_LOADED)}
-    if not as_float32:
-        return sum(tensor.nbytes for tensor in loaded.values())
-    quantization = config.get("quantization") or {}
-    coded = quantization.get("layers", {}) if quantization.get("mode") == MODE else {}
-    total = 0
-    for name, tensor in loaded.items():
-        base, _, part = name.rpartition(".")
-        scales = loaded.get(f"{base}.scales")
-        if base.endswith(".residual"):
-            continue  # becomes part of the matrix
-        if scales is None:
-            total += 4 * tensor.size
-        elif base in coded:
-            total += 4 * VALUES * prod(tensor.shape[:-1]) if part == "weight" else 0
-        elif part == "weight":
-            own = quantization.get(base)
-            group = (own if isinstance(own, dict) else quantization)["group_size"]
-            total += 4 * scales.size * group
-    return total
+    if as_float32:
+        return expanded_bytes(loaded, config.get("quantization") or {})
+    return sum(tensor.nbytes for tensor in loaded.values())

@@ -6,9 +6,12 @@ stays: the same command goes on where an earlier one stopped.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -21,7 +24,7 @@ import numpy as np
 
 from tqstack.weights import calibrate, mtp
 from tqstack.weights.codes import SIGN, make_code
-from tqstack.weights.encode import Calibration, encode
+from tqstack.weights.encode import Calibration, encode, stacked
 from tqstack.weights.loading import FORMATS, MODE, VERSION
 from tqstack.weights.recipe import Recipe, layers_of, make_recipe, shape_of
 from tqstack.weights.shards import Group, Shards, write_whole
@@ -106,28 +109,49 @@ def convert(
         raise ConversionError(str(error)) from None
     quantization = _quantization(options, recipe, model)
     _begin(destination, {"source": str(source), **asdict(options)})
-    conversion = _Conversion(model, layers, options, recipe, destination, progress)
-    if text is not None and conversion.left():
-        calibrate.run(source, text, conversion.code_calibrated)
-    conversion.code_rest()
-    conversion.copy_others()
-    conversion.shards.write_index()
-    mtp.carry(
-        source,
-        destination,
-        make_code(options.code, round(options.bits)),
-        lambda matrix, code: encode(matrix, code, options.seed, residual=options.qjl),
-    )
-    done = Converted(
-        conversion.coded_bits,
-        conversion.shards.total,
-        conversion.largest,
-        peak_memory(),
-        recipe,
-    )
-    _finish(source, destination, tokenizer, {**config, "quantization": quantization})
-    (destination / JOURNAL).unlink()
+    with _alone(destination):
+        conversion = _Conversion(model, layers, options, recipe, destination, progress)
+        if text is not None and conversion.left():
+            calibrate.run(source, text, conversion.code_calibrated)
+        conversion.code_rest()
+        conversion.copy_others()
+        conversion.shards.write_index()
+        mtp.carry(
+            source,
+            destination,
+            make_code(options.code, round(options.bits)),
+            lambda matrix, code: encode(matrix, code, options.seed, residual=options.qjl),
+        )
+        done = Converted(
+            conversion.coded_bits,
+            conversion.shards.total,
+            conversion.largest,
+            peak_memory(),
+            recipe,
+        )
+        _finish(source, destination, tokenizer, {**config, "quantization": quantization})
+        (destination / JOURNAL).unlink()
     return done
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a folder to one conversion. The lock ends with the process, however that ends.
+
+    Raises:
+        ConversionError: another one is writing it.
+    """
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConversionError(
+                f"another conversion is writing {folder}: wait for it, or name another folder"
+            ) from None
+        yield
+    finally:
+        os.close(held)
 
 
 class _Conversion:
@@ -202,11 +226,7 @@ class _Conversion:
             )
             for matrix in matrices(layer)
         ]
-        planes = (
-            coded[0]
-            if not is_mixture(layer)
-            else {k: mx.stack([c[k] for c in coded]) for k in coded[0]}
-        )
+        planes = stacked(coded) if is_mixture(layer) else coded[0]
         if "bias" in layer:
             planes["bias"] = layer["bias"]
         return {f"{path}.{name}": plane for name, plane in planes.items()}

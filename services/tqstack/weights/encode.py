@@ -4,7 +4,7 @@ layer's inputs each column's error carried on to those that come after it."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -81,6 +81,11 @@ def encode(
         for start in range(0, len(matrix), rows)
     ]
     return {name: mx.array(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+
+
+def stacked(experts: Sequence[Mapping[str, mx.array]]) -> dict[str, mx.array]:
+    """The planes of a mixture's matrices, each with an axis of experts in front."""
+    return {name: mx.stack([planes[name] for planes in experts]) for name in experts[0]}
 
 
 def _encode(

@@ -17,7 +17,7 @@ from tqstack.weights.codes import SIGN, Code
 from tqstack.weights.kernels import products, rows
 from tqstack.weights.tiles import TILE
 
-RESIDUAL_SEED = 1  # of the rotation in which signs are taken: not the one of the codes
+RESIDUAL_SEED = 1 << 32  # of the rotation in which signs are taken: never that of the codes
 
 
 class Coded(nn.Module):

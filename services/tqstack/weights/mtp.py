@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from tqstack.weights.codes import Code
+from tqstack.weights.encode import stacked
 from tqstack.weights.recipe import reason_to_keep
 from tqstack.weights.shards import write_whole
 
@@ -38,10 +39,10 @@ def carry(source: Path, destination: Path, code: Code, encode: Encode) -> None:
         if not plain or f"{path}.scales" in found or reason_to_keep(path, weight.shape):
             carried[name] = weight
             continue
-        planes = [encode(matrix, code) for matrix in weight.reshape(-1, *weight.shape[-2:])]
-        for plane in planes[0]:
-            stacked = mx.stack([own[plane] for own in planes])
-            carried[f"{path}.{plane}"] = stacked.reshape(*weight.shape[:-2], *stacked.shape[1:])
+        mixture = weight.ndim > 2
+        coded = [encode(matrix, code) for matrix in (weight if mixture else [weight])]
+        planes = stacked(coded) if mixture else coded[0]
+        carried |= {f"{path}.{name}": plane for name, plane in planes.items()}
     about = {"format": "mlx", "window": str(code.window), "bits": str(code.bits)}
     write_whole(
         destination / FILE, lambda path: mx.save_safetensors(str(path), carried, metadata=about)

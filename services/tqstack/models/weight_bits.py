@@ -1,4 +1,4 @@
-"""How many bits a weight takes in a model's files: told by their headers, nothing is loaded."""
+"""What weights take in a model's files, and once loaded: told by the files' headers alone."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from math import prod
 from typing import Any, NamedTuple
 
 from tqstack.models.safetensors import Tensor
+from tqstack.weights.tiles import VALUES
 
-TILE_WEIGHTS = 256  # of a tile in our own format
+Layers = dict[str, dict[str, Tensor]]
 
 
 class Stored(NamedTuple):
@@ -32,13 +33,9 @@ def stored(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]) -> St
         tensors: by name, as in the model's files.
         quantization: of its config; empty: none.
     """
-    layers: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        path, _, part = name.replace(".residual.", ".residual-").rpartition(".")
-        layers.setdefault(path, {})[part] = tensor
     coded = [
         Stored(weights, sum(tensor.nbytes for part, tensor in parts.items() if part != "bias"))
-        for path, parts in layers.items()
+        for path, parts in _by_layer(tensors).items()
         if (weights := _coded_weights(path, parts, quantization))
     ]
     found = coded or [
@@ -49,6 +46,27 @@ def stored(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]) -> St
     return Stored(sum(x.weights for x in found), sum(x.nbytes for x in found))
 
 
+def expanded_bytes(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]) -> int:
+    """Bytes of a model whose coded matrices are expanded and whose weights are all float32."""
+    values = 0
+    for path, parts in _by_layer(tensors).items():
+        if weights := _coded_weights(path, parts, quantization):
+            values += weights + (parts["bias"].size if "bias" in parts else 0)
+        else:
+            values += sum(tensor.size for tensor in parts.values())
+    return 4 * values
+
+
+def _by_layer(tensors: Mapping[str, Tensor]) -> Layers:
+    """Tensors by their layer's path and then their own name in it; a sign residual's are of the
+    layer that has it."""
+    layers: Layers = {}
+    for name, tensor in tensors.items():
+        path, _, part = name.replace(".residual.", ".residual-").rpartition(".")
+        layers.setdefault(path, {})[part] = tensor
+    return layers
+
+
 def _coded_weights(path: str, parts: Mapping[str, Tensor], quantization: Mapping[str, Any]) -> int:
     """Weights of a layer that is coded; 0: it is not."""
     packed, scales = parts.get("weight"), parts.get("scales")
@@ -57,7 +75,7 @@ def _coded_weights(path: str, parts: Mapping[str, Tensor], quantization: Mapping
     if "signs" in parts:  # turboquant-mlx: a sign for each input, scales (..., outputs, groups)
         return prod(scales.shape[:-1]) * parts["signs"].size
     if len(scales.shape) < len(packed.shape):  # ours: tiles, and a scale per row
-        return TILE_WEIGHTS * prod(packed.shape[:-1])
+        return VALUES * prod(packed.shape[:-1])
     own = quantization.get(path)
     group = (own if isinstance(own, Mapping) else quantization).get("group_size", 64)
     return scales.size * group
