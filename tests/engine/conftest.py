@@ -8,7 +8,11 @@ import pytest
 
 from models.architectures import CONFIGS, VOCABULARY, build
 from tqstack import demo_model
+from tqstack.engine.depth import StepTimes
+from tqstack.engine.worker import Worker
+from tqstack.models import verification
 from tqstack.models.cache_spec import CacheSpec
+from tqstack.models.drafts import MOST, NONE, Drafts
 from tqstack.models.measure import layer_kinds, measure
 from tqstack.models.plan import Machine
 from tqstack.models.runtime import Runtime, load_runtime
@@ -43,7 +47,8 @@ def tiny(runtime):
         spec = ModelSpec.of(name, "", {**CONFIGS[name], "vocab_size": vocabulary})
         own = CacheSpec(KVCodecs.parse(codecs) if codecs else None, **cache_options)
         model = models(name, vocabulary)
-        plan, compressed = measure(spec, model, own, Machine(1 << 30, 256, 4))
+        drafts = NONE if verification.unsupported(model, own.make(model)) else runtime.drafts
+        plan, compressed = measure(spec, model, own, Machine(1 << 30, 256, 4), drafts.tokens)
         return replace(
             runtime,
             spec=replace(spec, layers=layer_kinds(own.make(model))),
@@ -53,7 +58,20 @@ def tiny(runtime):
             model=model,
             prefill_step=256,
             fingerprint=f"{name} {own}",
+            drafts=drafts,
         )
+
+    return make
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Workers that draft whenever something can be drafted, as if longer steps took no longer."""
+    monkeypatch.setattr(StepTimes, "ratio", lambda *_: 1.0)
+
+    def make(runtime, **options):
+        drafts = Drafts("lookup", ("lookup",), None, (1.0,) * (1 + MOST))
+        return Worker(replace(runtime, drafts=drafts), **options)
 
     return make
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import random
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -19,6 +20,7 @@ from tqstack.engine.grammar import Grammar
 from tqstack.engine.jobs import Job, Removed
 from tqstack.engine.sampling import GREEDY, Sampling
 from tqstack.engine.worker import MEASURED_CHUNK, Worker
+from tqstack.models.drafts import NONE
 
 LIVE = settings(
     max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -142,12 +144,14 @@ def test_a_chunk_behind_a_long_prompt_takes_no_more_than_planned(
 
 
 @pytest.mark.parametrize("count", [1, 4, 8])
-def test_what_a_large_vocabularys_tokens_are_drawn_from_is_planned(tiny, noise, count):
+@pytest.mark.parametrize("drafts", [False, True])
+def test_what_tokens_are_drawn_from_is_planned(tiny, eager, noise, count, drafts):
     one = tiny("llama", vocabulary=200_000)
-    worker = Worker(one)
+    one = one if drafts else replace(one, drafts=NONE)
+    worker = (eager if drafts else Worker)(one)
     steps = one.workspace(SMALLEST_CHUNK) + one.logits_bytes(count, 0)
     for i in range(count):
-        job = Job(noise[i : i + 20], 12, EVERYTHING, logprobs=20)
+        job = Job(noise[i : i + 8] * 3, 24, EVERYTHING, logprobs=20)
         worker.submit(job, lambda event: None)
     while len(worker._model.batch) < count:
         worker.step()
@@ -155,7 +159,8 @@ def test_what_a_large_vocabularys_tokens_are_drawn_from_is_planned(tiny, noise, 
     mx.reset_peak_memory()
     for _ in range(4):
         worker.step()
-    assert steps / 5 < mx.get_peak_memory() - before <= steps
+    assert steps / 8 < mx.get_peak_memory() - before <= steps
+    assert drafts == bool(worker.status()["speculation"]["draft_tokens"])
 
 
 def test_what_a_large_vocabularys_prompt_is_measured_by_is_planned_and_refused(tiny, noise):

@@ -125,7 +125,7 @@ def test_a_prefill_of_the_demo_takes_no_more_than_planned_and_not_much_less():
         runtime.model(mx.array([[5 + i % 1000 for i in range(start, start + step)]]), cache=cache)
         mx.eval([entry.state for entry in cache])
     held = sum(entry.nbytes for entry in cache)
-    assert held == pytest.approx(plan.request_bytes(context), rel=TOLERANCE)
+    assert held + plan.drafts == pytest.approx(plan.request_bytes(context), rel=TOLERANCE)
     used = mx.get_peak_memory() - before - held
     assert plan.workspace / 3 < used < plan.workspace
 

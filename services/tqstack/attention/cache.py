@@ -245,10 +245,14 @@ class TurboQuantKVCache(mlx_cache._BaseCache):
         """Take the last n tokens of each sequence away. Down to where the tail begins nothing is
         lost; further back packed values stand in for the exact ones."""
         n = min(n, max(self.lengths))
-        for i, length in enumerate(self.lengths):
-            self._trim_to(i, max(0, length - n))
-        self._reading = None
+        self.keep([max(0, length - n) for length in self.lengths])
         return n
+
+    def keep(self, lengths: Sequence[int]) -> None:
+        """Of sequence i only the first lengths[i] tokens stay."""
+        for i, length in enumerate(lengths):
+            self._trim_to(i, length)
+        self._reading = None
 
     def _trim_to(self, i: int, length: int) -> None:
         block, layout = self.pool.block_tokens, self.layout

@@ -31,6 +31,7 @@ class Costs:
         logits: of so many sequences of which a token is drawn and so many prompt tokens that are
             measured at once, beyond what the workspace counts.
         exact: tokens that a query sees unpacked, beside its own block.
+        step: tokens that a step feeds of each sequence that decodes.
     """
 
     limit: int
@@ -41,6 +42,7 @@ class Costs:
     workspace: Callable[[int], int]
     logits: Callable[[int, int], int] = lambda drawn, measured: 0
     exact: int = 0
+    step: int = 1
     block_tokens: int = BLOCK_TOKENS
 
     def blocks(self, tokens: int) -> int:
@@ -117,9 +119,11 @@ class Budget:
 
     def _workspace(self, promises: Collection[Promise]) -> int:
         """While a chunk is read, the batch's tokens may still be drawn."""
-        reading = max((self._costs.workspace(p.chunk) for p in promises), default=0)
+        runs = sum(p.chunk > 0 for p in promises)
+        fed = max([self._costs.step * runs, *(p.chunk for p in promises)])
+        reading = self._costs.workspace(fed) if fed else 0
         measured = max((p.measured for p in promises), default=0)
-        return reading + self._costs.logits(sum(p.chunk > 0 for p in promises), measured)
+        return reading + self._costs.logits(runs, measured)
 
     def _fixed(self, promises: list[Promise]) -> int:
         """All that is no prefix and not in the pool."""

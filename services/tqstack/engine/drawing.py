@@ -10,6 +10,9 @@ from mlx_lm.models.cache import TokenBuffer
 
 from tqstack.engine.grammar import Form, GrammarError
 from tqstack.engine.jobs import Job
+from tqstack.engine.sampling import Sampler
+
+Mark = tuple[int, mx.array | None, int]
 
 
 class Drawer:
@@ -26,9 +29,9 @@ class Drawer:
     def __init__(self, job: Job, end_tokens: frozenset[int], form: Form | None = None):
         self._job, self._form, self._drawn = job, form, 0
         self.ends = frozenset(job.stop_tokens) | (frozenset() if job.ignore_eos else end_tokens)
-        self._sampler = job.sampling.sampler()
+        self._sampler = Sampler(job.sampling)
         self._processors: list[Any] = job.sampling.processors()
-        self._context: TokenBuffer | None = None
+        self._context = TokenBuffer(list(job.tokens[:-1])) if self._processors else None
         self._last = np.array(sorted(self.ends), np.int32)
         self.error: str | None = None
 
@@ -71,9 +74,7 @@ class Drawer:
 
     def draw(self, logits: mx.array, last: mx.array, allowed: mx.array | None) -> mx.array:
         """(1, vocabulary) logits behind the token `last` (1,) -> the next token (1,)."""
-        if self._processors:
-            if self._context is None:
-                self._context = TokenBuffer(list(self._job.tokens[:-1]))
+        if self._context is not None:
             context = self._context.update_and_fetch(last)
             for processor in self._processors:
                 logits = processor(context, logits)
@@ -83,3 +84,13 @@ class Drawer:
             logits = logits.at[:, mx.array(self._last)].add(-mx.inf)
         self._drawn += 1
         return self._sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+    def mark(self) -> Mark:
+        """How far it is: for `back_to`."""
+        return self._drawn, self._sampler.state, self._context._size if self._context else 0
+
+    def back_to(self, mark: Mark) -> None:
+        """What was drawn since then was not."""
+        self._drawn, self._sampler.state, size = mark
+        if self._context:
+            self._context._size = size

@@ -95,13 +95,15 @@ class Meter:
         running, now = tracked.running, time.perf_counter()
         assert running is not None
         fresh, generated = len(running.tokens) - tracked.cached, running.generated
-        first = tracked.first_token or now
+        first, drafts = tracked.first_token or now, running.drafting
         decoding = generated > 1 and now > first
         return {
             "prefill_tokens_per_second": round((fresh - generated) / (first - tracked.started), 1),
             "decode_tokens_per_second": round((generated - 1) / (now - first), 1)
             if decoding
             else None,
+            "draft_n": drafts.drafted if drafts else 0,
+            "draft_n_accepted": drafts.accepted if drafts else 0,
             "cache_tokens": len(running.tokens),
             "cache_bytes": self.kv_bytes(running),
             "cache_bytes_fp16": self.kv_bytes_fp16(running),

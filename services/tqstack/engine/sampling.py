@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,6 @@ from mlx_lm.sample_utils import (
     greedy_sampler,
     make_logits_processors,
 )
-
-Sampler = Callable[[mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -39,28 +36,6 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0 or self.top_p == 0
 
-    def sampler(self) -> Sampler:
-        """Log-probabilities (1, vocabulary) to a token (1,).
-
-        It carries its own random state, so concurrent requests do not disturb each other.
-        """
-        if self.greedy:
-            return greedy_sampler
-        state = mx.random.key((time.time_ns() if self.seed is None else self.seed) % 2**64)
-
-        def sample(logprobs: mx.array) -> mx.array:
-            nonlocal state
-            if self.top_p < 1:
-                logprobs = apply_top_p(logprobs, self.top_p)
-            if self.min_p > 0:
-                logprobs = apply_min_p(logprobs, self.min_p)
-            if 0 < self.top_k < logprobs.shape[-1]:
-                logprobs = apply_top_k(logprobs, self.top_k)
-            state, key = mx.random.split(state)
-            return mx.random.categorical(logprobs / self.temperature, key=key)
-
-        return sample
-
     def processors(self) -> list[Any]:
         """mlx-lm's functions of (tokens so far, logits) that penalise repetition, and prefer
         or avoid tokens."""
@@ -70,6 +45,34 @@ class Sampling:
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
         )
+
+
+class Sampler:
+    """Log-probabilities (1, vocabulary) to a token (1,).
+
+    It carries its own random state, so concurrent requests do not disturb each other.
+
+    Attributes:
+        state: what the next token is drawn with; None: nothing is drawn at random.
+    """
+
+    def __init__(self, sampling: Sampling):
+        self._sampling = sampling
+        seed = time.time_ns() if sampling.seed is None else sampling.seed
+        self.state: mx.array | None = None if sampling.greedy else mx.random.key(seed % 2**64)
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        sampling = self._sampling
+        if self.state is None:
+            return greedy_sampler(logprobs)
+        if sampling.top_p < 1:
+            logprobs = apply_top_p(logprobs, sampling.top_p)
+        if sampling.min_p > 0:
+            logprobs = apply_min_p(logprobs, sampling.min_p)
+        if 0 < sampling.top_k < logprobs.shape[-1]:
+            logprobs = apply_top_k(logprobs, sampling.top_k)
+        self.state, key = mx.random.split(self.state)
+        return mx.random.categorical(logprobs / sampling.temperature, key=key)
 
 
 GREEDY = Sampling(temperature=0)

@@ -1,10 +1,11 @@
-"""What touches the model: a prompt's chunk, and a token of all sequences that decode.
+"""What touches the model: a prompt's chunk, and the next tokens of all sequences that decode.
 
 Tokens are made one ahead: while the host hands one out, the device computes the next. Where a
 sequence's form must know a token to tell what may follow it, the forward pass has been sent off
-before: the host looks that up while the device computes the logits. A sequence's cache holds the
-tokens that were fed to the model: its prompt, and all of its answer so far that has been handed
-out, the end marker included.
+before: the host looks that up while the device computes the logits. Where drafts pay, a step
+verifies some tokens of each sequence at once, and the next ones are known behind it
+(`speculation.py`). A sequence's cache holds the tokens that were fed to the model: its prompt, and
+all of its answer so far that has been handed out, the end marker included.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ import mlx.nn as nn
 
 from tqstack.engine import caches, logprobs
 from tqstack.engine.caches import Cache
-from tqstack.engine.drawing import Drawer
+from tqstack.engine.depth import Chance, Wish
+from tqstack.engine.drawing import Drawer, Mark
 from tqstack.engine.jobs import Job
 from tqstack.engine.logprobs import Logprob
+from tqstack.engine.speculation import Drafting, Speculation
+from tqstack.models import verification
+from tqstack.models.drafts import NONE, Drafts
 
 
 @dataclass(eq=False, repr=False)
@@ -29,16 +34,23 @@ class Running:
     Attributes:
         cache: of its own, until it joins the batch.
         tokens: those that the cache holds.
+        drafting: None: its tokens are made one by one.
     """
 
     job: Job
     cache: Cache | None
     tokens: list[int]
     drawer: Drawer
+    drafting: Drafting | None = None
 
     @property
     def generated(self) -> int:
         return max(0, len(self.tokens) - self.job.prompt_tokens)
+
+    @property
+    def room(self) -> int:
+        """Tokens that the answer may have behind the one that is fed next."""
+        return self.job.longest - len(self.tokens) - 1
 
     def finish_reason(self, token: int) -> str | None:
         """Why the sequence ends with this token; None: it goes on."""
@@ -49,37 +61,45 @@ class Running:
 
 @dataclass(frozen=True)
 class Made:
-    """A sequence's next token."""
+    """A sequence's next token; with the last one why it ends."""
 
     running: Running
     token: int
     logprob: Logprob | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
 class Told:
-    """Log-probabilities of a step's tokens, and whose they are: in which row."""
+    """Log-probabilities of a step's tokens, and where each job's begin."""
 
     rows: dict[int, int]
     measured: logprobs.DeviceLogprobs | None = None
 
-    def of(self, running: Running, token: int) -> Logprob | None:
+    def of(self, running: Running, token: int, place: int = 0) -> Logprob | None:
+        """Of the token that was drawn behind so many others of the step."""
         row, top = self.rows.get(running.job.id), running.job.logprobs
         if row is None or top is None or self.measured is None:
             return None
-        return self.measured.read(row, token, top)
+        return self.measured.read(row + place, token, top)
+
+    def behind(self, places: dict[int, int]) -> Told:
+        """The same, each job's beginning at its place."""
+        return Told({job: row + places[job] for job, row in self.rows.items()}, self.measured)
 
 
 NOTHING_TOLD = Told({})
+NO_WISH = Wish(Chance(), 0)
 
 
 class Model:
     """The model, and the batch of sequences that decode."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, drafts: Drafts = NONE):
         self._model = model
         self.batch: list[Running] = []
         self.cache: Cache = []  # of the batch: merged, unless it is one sequence
+        self.speculation = Speculation(drafts)
         self._next: mx.array | None = None  # (B,) tokens to feed next
         self._told: Told = NOTHING_TOLD  # of those
 
@@ -89,6 +109,7 @@ class Model:
         """Feed the next `count` tokens of a prompt. Returns what the job wants to know of those
         behind each of them; else nobody needs the logits, so they are not computed."""
         at, job = len(running.tokens), running.job
+        self.speculation.interrupted()
         tokens = list(job.tokens[at : at + count])
         logits = self._model(mx.array(tokens)[None], cache=running.cache)
         told: list[Logprob] = []
@@ -107,6 +128,10 @@ class Model:
         """Let a sequence decode whose prompt has been read but for its last token."""
         own, running.cache = running.cache, None
         assert own is not None
+        job, drawer = running.job, running.drawer
+        running.drafting = self.speculation.begin(
+            job.tokens[:-1], job.longest, drawer.ends, drawer.waits
+        )
         first = mx.array([running.job.tokens[-1]])
         if not self.batch:
             self.cache, self._next = own, first
@@ -120,20 +145,111 @@ class Model:
         self.batch.append(running)
 
     def decode(self) -> list[Made]:
-        """Every sequence's next token. A prompt's last token, which is fed first, gives none."""
+        """Every sequence's next token, or some. A prompt's last token, which is fed first, gives
+        none."""
+        assert self._next is not None
+        known = self._expected() if any(r.drafting for r in self.batch) else None
+        drafts = self._proposed(known) if known else []
+        made = self._verify(known, drafts) if known and any(drafts) else self._plain(known)
+        self.speculation.stepped(len(self.batch), 1 + max(map(len, drafts), default=0))
+        return made
+
+    def _plain(self, known: list[int] | None) -> list[Made]:
+        """A token of each sequence, one ahead."""
         fed, told, self._next = self._next, self._told, None
         assert fed is not None
         logits = self._model(fed[:, None], cache=self.cache)[:, -1]
         self._next = self._draw(logits, fed)
-        self._told = self._tell(logits, self._next)
+        self._told = self._tell(logits[:, None], self._next[:, None])
         measured = self._told.measured
         mx.async_eval(self._next, *(measured.arrays if measured else ()))
         made = []
         for running, token in zip(self.batch, fed.tolist(), strict=True):  # pyright: ignore
-            running.tokens.append(token)
-            if running.generated:
-                made.append(Made(running, token, told.of(running, token)))
+            if known is None and running.drafting:
+                running.drafting.take(token)
+            made += self._fed(running, token, told.of(running, token))
         return made
+
+    def _fed(self, running: Running, token: int, logprob: Logprob | None) -> list[Made]:
+        """A token has been fed: that is one of the answer, unless it is the prompt's last."""
+        running.tokens.append(token)
+        if not running.generated:
+            return []
+        return [Made(running, token, logprob, running.finish_reason(token))]
+
+    # -- drafts ------------------------------------------------------------------------------
+
+    def _expected(self) -> list[int] | None:
+        """The tokens that are fed next, if drafts may pay; else they are not waited for."""
+        wishes = [r.drafting.expect(r.room) if r.drafting else NO_WISH for r in self.batch]
+        if not self.speculation.depth(wishes):
+            return None
+        assert self._next is not None
+        known: list[int] = self._next.tolist()  # pyright: ignore
+        for running, token in zip(self.batch, known, strict=True):
+            if running.drafting:
+                running.drafting.take(token)
+        return known
+
+    def _proposed(self, known: list[int]) -> list[list[int]]:
+        """Each sequence's drafts behind the tokens that are fed next, as many as pay."""
+        found = [
+            running.drafting.propose(token, running.room) if running.drafting else []
+            for running, token in zip(self.batch, known, strict=True)
+        ]
+        wishes = [
+            Wish(running.drafting.chance, len(drafts)) if running.drafting else NO_WISH
+            for running, drafts in zip(self.batch, found, strict=True)
+        ]
+        depth = self.speculation.depth(wishes)
+        return [drafts[:depth] for drafts in found]
+
+    def _verify(self, known: list[int], drafts: list[list[int]]) -> list[Made]:
+        """Feed the next tokens and drafts behind them; of these those stay that were right, and
+        behind them the next token is known."""
+        told, counts = self._told, [1 + len(own) for own in drafts]
+        rows = zip(known, drafts, counts, strict=True)
+        fed = mx.array([[at, *own, *[at] * (max(counts) - n)] for at, own, n in rows])
+        given = verification.revocable(self.cache, counts)
+        logits = self._model(fed, cache=given)  # (B, 1 + most drafts, vocabulary)
+        drawn, marks = self._draw_behind(logits, fed, counts)
+        ahead = self._tell(logits, drawn)
+        mx.eval(drawn, *(ahead.measured.arrays if ahead.measured else ()))
+        found: list[list[int]] = drawn.tolist()  # pyright: ignore
+        right = [_right(own, row) for own, row in zip(drafts, found, strict=True)]
+        mx.async_eval(verification.accept(given, counts, [1 + n for n in right]))
+        made: list[Made] = []
+        for i, (running, n) in enumerate(zip(self.batch, right, strict=True)):
+            self.speculation.verified(running.drafting, drafts[i], n)
+            if i in marks:
+                running.drawer.back_to(marks[i][n])
+            made += self._fed(running, known[i], told.of(running, known[i]))
+            for place, token in enumerate(drafts[i][:n]):
+                made += self._fed(running, token, ahead.of(running, token, place))
+        self._next = mx.array([row[n] for row, n in zip(found, right, strict=True)])
+        self._told = ahead.behind({r.job.id: n for r, n in zip(self.batch, right, strict=True)})
+        return made
+
+    def _draw_behind(
+        self, logits: mx.array, fed: mx.array, counts: list[int]
+    ) -> tuple[mx.array, dict[int, list[Mark]]]:
+        """(B, L, vocabulary) behind (B, L) tokens -> (B, L) tokens; and, by row, how far its drawer
+        is behind each of them, where there is something to take back."""
+        likeliest = logits.argmax(-1)
+        if all(running.drawer.plain for running in self.batch):
+            return likeliest, {}
+        rows, marks = [likeliest[i] for i in range(len(counts))], {}
+        masks = self._masks(logits, fed[:, 0])
+        for i, (running, count) in enumerate(zip(self.batch, counts, strict=True)):
+            if running.drawer.plain:
+                continue
+            drawn, marks[i] = [], []
+            for j in range(count):
+                own = logits[i, j : j + 1]
+                drawn.append(running.drawer.draw(own, fed[i, j : j + 1], masks.get(i)))
+                marks[i].append(running.drawer.mark())
+            rows[i] = mx.concatenate([*drawn, rows[i][count:].astype(drawn[0].dtype)])
+        return mx.stack([row.astype(mx.int32) for row in rows]), marks
 
     def _draw(self, logits: mx.array, fed: mx.array) -> mx.array:
         """(B, vocabulary) -> (B,)"""
@@ -156,13 +272,15 @@ class Model:
         return {i: self.batch[i].drawer.allowed(known[i], logits.shape[-1]) for i in forced}
 
     def _tell(self, logits: mx.array, drawn: mx.array) -> Told:
-        """Log-probabilities of what was drawn, for those who want to know."""
+        """Log-probabilities of the (B, L) tokens that were drawn from (B, L, vocabulary), for those
+        who want to know."""
         wanted = {i: r.job.logprobs for i, r in enumerate(self.batch) if r.job.logprobs is not None}
         if not wanted:
             return NOTHING_TOLD
-        rows, most = mx.array(list(wanted)), max(wanted.values())
-        told = {self.batch[i].job.id: row for row, i in enumerate(wanted)}
-        return Told(told, logprobs.measure(logits[rows], drawn[rows], most))
+        rows, most, L = mx.array(list(wanted)), max(wanted.values()), drawn.shape[1]
+        told = {self.batch[i].job.id: row * L for row, i in enumerate(wanted)}
+        own = logits[rows].reshape(-1, logits.shape[-1])
+        return Told(told, logprobs.measure(own, drawn[rows].reshape(-1), most))
 
     def snapshot(self, running: Running) -> Cache:
         """The sequence's cache as it is now, in arrays of its own."""
@@ -192,6 +310,7 @@ class Model:
     def clear(self) -> None:
         """Forget all that decodes."""
         self.batch, self.cache, self._next = [], [], None
+        self.speculation.interrupted()
         self._told = NOTHING_TOLD
 
     def blocks_of(self, running: Running) -> tuple[int, ...]:
@@ -217,3 +336,8 @@ class Model:
         if running.cache is not None:
             return caches.tail_bytes(running.cache)
         return caches.tail_bytes(self.cache) // len(self.batch)
+
+
+def _right(drafts: Sequence[int], drawn: Sequence[int]) -> int:
+    """How many drafts were drawn, one after the other."""
+    return next((i for i, draft in enumerate(drafts) if draft != drawn[i]), len(drafts))

@@ -57,9 +57,9 @@ class Worker:
         self.grammars = Grammars(runtime.tokenizer, runtime.end_tokens)
         self.resting = disk is not None  # there may be something to write while nobody waits
         self.last_token_at: float | None = None
-        self.last_step_at: float | None = None  # a token, or a piece of a prompt
+        self.last_step_at: float | None = None  # tokens, or a piece of a prompt
         self._tracked: dict[int, Tracked] = {}
-        self._model = Model(runtime.model)
+        self._model = Model(runtime.model, runtime.drafts)
         self._pool = self._new_pool()
         store = PrefixStore(self._pool, runtime.prefix_cache_bytes, self._give_up)
         self._prefixes = Prefixes(store, self._new_cache, disk)
@@ -94,12 +94,13 @@ class Worker:
         return Costs(
             limit=plan.budget,
             weights=plan.weights,
-            fixed=plan.recurrent + plan.tail,
+            fixed=plan.recurrent + plan.tail + plan.drafts,
             block=pool.block_bytes if pool else 0,
             token=0 if pool else plan.per_token,
             workspace=self.runtime.workspace,
             logits=self.runtime.logits_bytes,
             exact=self.runtime.exact_tokens,
+            step=self.runtime.drafts.tokens,
         )
 
     # -- jobs come and go ----------------------------------------------------------------------
@@ -121,8 +122,7 @@ class Worker:
             for tracked in taken:
                 tracked.fork = fork
         first: int | None = None
-        for tracked in taken:
-            job = tracked.job
+        for job, tracked in [(tracked.job, tracked) for tracked in taken]:
             waiter = Waiter(job.id, job.prompt_tokens - 1, self._found(tracked).usable, after=first)
             if refusal := self._scheduler.submit(waiter):
                 self._fail([tracked], self._refusal(job, refusal))
@@ -250,20 +250,19 @@ class Worker:
             failure = JobError("engine_error", f"generation failed: {error}")
             self._fail(list(batch.values()), failure)
             return
-        now = time.perf_counter()
-        self.last_step_at = time.time()
+        now, self.last_step_at = time.perf_counter(), time.time()
         self._scheduler.decoded(now - began)
         ended: list[tuple[Tracked, Token]] = []
         for one in made:
             tracked, self.last_token_at = batch[one.running], self.last_step_at
             tracked.first_token = tracked.first_token or now
             self.totals["output_tokens"] += 1
-            if (reason := one.running.finish_reason(one.token)) is None:
+            if one.reason is None:
                 tracked.deliver(Token(one.token, logprob=one.logprob))
-            else:
-                self._keep(tracked)
-                stats = self._meter.stats(tracked)
-                ended.append((tracked, Token(one.token, reason, stats, one.logprob)))
+                continue
+            self._keep(tracked)
+            stats = self._meter.stats(tracked)
+            ended.append((tracked, Token(one.token, one.reason, stats, one.logprob)))
         self._forget([tracked for tracked, _ in ended])
         for tracked, last in ended:
             tracked.deliver(last)
@@ -381,6 +380,7 @@ class Worker:
                 "context_tokens": [len(one.tokens) for one in running],
             },
             **copy.deepcopy(self._measured),
+            "speculation": self._model.speculation.as_dict(),
             "totals": {name: self.totals[name] for name in TOTALS},
             "last_token_at": self.last_token_at,
             "last_step_at": self.last_step_at,

@@ -21,6 +21,7 @@ class Layer:
             tokens, "recurrent" a state of fixed size.
         state: float32 values of a recurrent state.
         convolution: values of its convolution's state, in the model's type.
+        revocable: values of a token that may still be taken back.
     """
 
     kind: Kind
@@ -30,6 +31,7 @@ class Layer:
     window: int = 0
     state: int = 0
     convolution: int = 0
+    revocable: int = 0
 
     @property
     def token_values(self) -> int:

@@ -13,7 +13,14 @@ from tqstack.attention.cache import TurboQuantKVCache
 from tqstack.attention.dispatch import prove
 from tqstack.models.cache_spec import CacheSpec
 from tqstack.models.geometry import Kind
-from tqstack.models.plan import SLACK, Machine, Plan, logits_bytes, prefill_workspace
+from tqstack.models.plan import (
+    SLACK,
+    Machine,
+    Plan,
+    draft_bytes,
+    logits_bytes,
+    prefill_workspace,
+)
 from tqstack.models.spec import ModelSpec
 from tqstack.settings import SettingsError
 
@@ -36,9 +43,12 @@ def _kind(entry: Any) -> Kind:
 
 
 def measure(
-    spec: ModelSpec, model: nn.Module, cache: CacheSpec, machine: Machine
+    spec: ModelSpec, model: nn.Module, cache: CacheSpec, machine: Machine, drafted: int = 1
 ) -> tuple[Plan, tuple[int, ...]]:
     """(plan, entries that were proven to be compressed) of a loaded model.
+
+    Args:
+        drafted: most tokens of a sequence in a step.
 
     Raises:
         NotCompressedError: a layer does not go through the compressed cache.
@@ -54,14 +64,17 @@ def measure(
     others = [entry for entry in entries if not isinstance(entry, GROWING)]
     costs = _compressed(softmax) if compressed else _plain(softmax)
     if spec.geometry is not None:
-        workspace = prefill_workspace(spec.geometry, machine.prefill_step, machine.value_bytes)
+        workspace = prefill_workspace(
+            spec.geometry, machine.prefill_step, machine.value_bytes, drafted
+        )
     else:
-        workspace = _workspace(spec, model, cache, machine.prefill_step)
+        workspace = _workspace(spec, model, cache, machine.prefill_step, drafted)
     plan = Plan(
         budget=machine.budget,
         weights=_nbytes(model.parameters()),
         recurrent=sum(map(_fixed_bytes, others)),
         workspace=workspace,
+        drafts=draft_bytes(spec.geometry, drafted) if spec.geometry else 0,
         **costs,
     )
     return plan, compressed
@@ -103,14 +116,14 @@ def _fixed_bytes(entry: Any) -> int:
     return entry.nbytes
 
 
-def _workspace(spec: ModelSpec, model: nn.Module, cache: CacheSpec, tokens: int) -> int:
-    """Bytes that a step of `tokens` and one of a token behind it take beside weights and cache."""
+def _workspace(spec: ModelSpec, model: nn.Module, cache: CacheSpec, tokens: int, drawn: int) -> int:
+    """Bytes that a step of `tokens` and one that draws `drawn` take beside weights and cache."""
     entries = cache.make(model)
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     _read(model, entries, tokens, cache)
     held = mx.get_active_memory() - before
-    drawing = logits_bytes(spec.vocabulary, drawn=1)
+    drawing = logits_bytes(spec.vocabulary, drawn)
     return mx.get_peak_memory() - before - held + drawing + SLACK
 
 

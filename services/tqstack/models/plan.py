@@ -58,6 +58,7 @@ class Plan:
             states, sliding windows.
         workspace: of a prefill step, beside weights and caches.
         tail: of a sequence's newest tokens that are not compressed, in all softmax layers.
+        drafts: of a sequence's tokens that a step verifies, in recurrent layers.
         padded: sequences of a batch take the longest one's room: mlx-lm's own cache.
     """
 
@@ -68,11 +69,12 @@ class Plan:
     recurrent: int
     workspace: int
     tail: int = 0
+    drafts: int = 0
     padded: bool = False
 
     def request_bytes(self, tokens: int) -> int:
-        """One sequence of `tokens`: its keys and values, and its recurrent state."""
-        return tokens * self.per_token + self.tail + self.recurrent
+        """One sequence of `tokens`: its keys and values, its recurrent state, and its drafts."""
+        return tokens * self.per_token + self.tail + self.drafts + self.recurrent
 
     def total(self, tokens: int, held: int = 0) -> int:
         """All that is needed for a sequence of `tokens` beside `held` bytes of other sequences."""
@@ -90,9 +92,9 @@ class Plan:
         return {**asdict(self), "max_tokens": self.max_tokens()}
 
 
-def prefill_workspace(geometry: Geometry, tokens: int, value_bytes: int) -> int:
-    """Bytes that a prefill step of `tokens`, and then a token of one sequence, need beside weights
-    and caches, at most.
+def prefill_workspace(geometry: Geometry, tokens: int, value_bytes: int, drawn: int = 1) -> int:
+    """Bytes that a prefill step of `tokens`, and then a step of one sequence that draws `drawn` of
+    them, need beside weights and caches, at most.
 
     Attention in tiles holds some tiles of scores and the running outputs, all in float32, and as a
     kernel two spans of keys and values as halves, and sums of all query rows; so does the
@@ -113,7 +115,7 @@ def prefill_workspace(geometry: Geometry, tokens: int, value_bytes: int) -> int:
     feed_forward = value_bytes * tokens * (4 * g.hidden + gated * g.feed_forward)
     # The step's keys and values are exact until its last block is packed.
     exact = value_bytes * tokens * sum(layer.token_values for layer in g.softmax)
-    drawing = logits_bytes(g.vocabulary, drawn=1)
+    drawing = logits_bytes(g.vocabulary, drawn)
     return attention + recurrence + feed_forward + exact + drawing + SLACK
 
 
@@ -146,12 +148,19 @@ def logits_bytes(vocabulary: int, drawn: int, measured: int = 0) -> int:
     return 4 * vocabulary * (drawing + 6 * measured)
 
 
+def draft_bytes(geometry: Geometry, tokens: int) -> int:
+    """Bytes of a step's tokens of a sequence, in recurrent layers, while it is open how many of
+    them stay; a single one does."""
+    return 4 * tokens * sum(layer.revocable for layer in geometry.layers) if tokens > 1 else 0
+
+
 def geometric_plan(
     geometry: Geometry,
     token_bytes: Sequence[int],
     weights: int,
     machine: Machine,
     tail_tokens: int = 0,
+    drafted_tokens: int = 1,
 ) -> Plan:
     """The plan of a model that has not been loaded.
 
@@ -159,6 +168,7 @@ def geometric_plan(
         token_bytes: bytes of a stored token's keys and values, of each softmax layer.
         weights: bytes of the weights once loaded.
         tail_tokens: newest tokens of a sequence that are not compressed; 0: nothing is.
+        drafted_tokens: most tokens of a sequence in a step: more than one where it has drafts.
     """
     values = sum(layer.token_values for layer in geometry.softmax)
     return Plan(
@@ -167,7 +177,10 @@ def geometric_plan(
         per_token=sum(token_bytes),
         per_token_fp16=2 * values,
         recurrent=sum(layer.fixed_bytes(machine.value_bytes) for layer in geometry.layers),
-        workspace=prefill_workspace(geometry, machine.prefill_step, machine.value_bytes),
+        workspace=prefill_workspace(
+            geometry, machine.prefill_step, machine.value_bytes, drafted_tokens
+        ),
         tail=tail_tokens * values * machine.value_bytes,
+        drafts=draft_bytes(geometry, drafted_tokens),
         padded=not tail_tokens,
     )

@@ -10,6 +10,7 @@ from typing import Any
 from tqstack.attention.dispatch import NotCompressedError
 from tqstack.models.cache_spec import CacheSpec, read_cache_spec
 from tqstack.models.device import this_machine
+from tqstack.models.drafts import MOST
 from tqstack.models.families import read_geometry
 from tqstack.models.families.mla import caches_latents
 from tqstack.models.plan import Machine, Plan, geometric_plan
@@ -106,7 +107,13 @@ def plan_spec(
         weights = weight_bytes(tensors, spec.config, machine.expands_weights)
     cache = read_cache_spec(settings)
     stored = cache.token_bytes(geometry.softmax, machine.value_bytes)
-    return geometric_plan(geometry, stored, weights, machine, cache.tail_tokens)
+    drafted = drafted_tokens(settings, cache)
+    return geometric_plan(geometry, stored, weights, machine, cache.tail_tokens, drafted)
+
+
+def drafted_tokens(settings: Settings, cache: CacheSpec) -> int:
+    """Most tokens of a sequence in a step."""
+    return 1 + MOST if settings.sidecar_speculation != "0" and cache.codecs else 1
 
 
 def weight_bytes(

@@ -16,8 +16,10 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tqstack.attention.pool import Pool
+from tqstack.models import verification
 from tqstack.models.cache_spec import CacheSpec, read_cache_spec
 from tqstack.models.device import this_machine
+from tqstack.models.drafts import MOST, NONE, Drafts
 from tqstack.models.load import load_model
 from tqstack.models.measure import layer_kinds, measure
 from tqstack.models.plan import Machine, Plan, logits_bytes, prefill_workspace
@@ -40,6 +42,7 @@ class Runtime(Facts):
         default_max_tokens: of an answer, where the request sets no limit.
         prefix_cache_bytes: of prompts that are kept for their next turn.
         fingerprint: the same where the same tokens lead to the same cache.
+        drafts: what can be drafted.
     """
 
     plan: Plan
@@ -50,6 +53,7 @@ class Runtime(Facts):
     default_max_tokens: int
     prefix_cache_bytes: int
     fingerprint: str
+    drafts: Drafts = NONE
 
     @property
     def codecs(self) -> KVCodecs | None:
@@ -85,13 +89,15 @@ class Runtime(Facts):
         """Bytes that a prefill step of `tokens` needs beside weights and caches."""
         if self.spec.geometry is None:
             return -(-self.plan.workspace * tokens // self.prefill_step)
-        return prefill_workspace(self.spec.geometry, tokens, this_machine().value_bytes)
+        value_bytes, drawn = this_machine().value_bytes, self.drafts.tokens
+        return prefill_workspace(self.spec.geometry, tokens, value_bytes, drawn)
 
     def logits_bytes(self, drawn: int, measured: int) -> int:
         """Bytes of logits and what is made of them, beyond those of one sequence, which the
         workspace counts; parameters as in `plan.logits_bytes`."""
-        one = logits_bytes(self.spec.vocabulary, 1)
-        return max(0, logits_bytes(self.spec.vocabulary, drawn, measured) - one)
+        vocabulary, each = self.spec.vocabulary, self.drafts.tokens
+        one = logits_bytes(vocabulary, each)
+        return max(0, logits_bytes(vocabulary, drawn * each, measured) - one)
 
 
 def load_runtime(settings: Settings) -> Runtime:
@@ -104,7 +110,8 @@ def load_runtime(settings: Settings) -> Runtime:
     cache, machine = read_cache_spec(settings), this_machine(settings.sidecar_memory_mb)
     spec, model, tokenizer = load_model(settings.model_name, cache)
     cache = _closest(settings, cache, model, machine.prefill_step)
-    plan, compressed = measure(spec, model, cache, machine)
+    drafts = _drafts(settings, cache, model)
+    plan, compressed = measure(spec, model, cache, machine, drafts.tokens)
     if cache.native:
         log.info("mlx-lm's quantized cache cannot be batched: requests are served one by one")
     return Runtime(
@@ -119,7 +126,26 @@ def load_runtime(settings: Settings) -> Runtime:
         default_max_tokens=settings.sidecar_max_tokens,
         prefix_cache_bytes=settings.sidecar_prefix_cache_mb << 20,
         fingerprint=fingerprint(spec, cache, machine),
+        drafts=drafts,
     )
+
+
+def _drafts(settings: Settings, cache: CacheSpec, model: nn.Module) -> Drafts:
+    """What SIDECAR_SPECULATION asks for, as far as this model can have it.
+
+    Raises:
+        SettingsError: it asks for drafts, and there can be none.
+    """
+    mode = settings.sidecar_speculation
+    if mode == "0":
+        return NONE
+    new_cache: Callable[[], list[Any]] = partial(cache.make, model)
+    if why_not := verification.unsupported(model, new_cache()):
+        if mode != "auto":
+            raise SettingsError(f"SIDECAR_SPECULATION={mode!r}: {why_not}; allowed: auto, 0")
+        return Drafts(mode, why_not=why_not)
+    seconds = verification.step_seconds(model, new_cache, 1 + MOST)
+    return Drafts(mode, ("lookup",), None, seconds)
 
 
 def fingerprint(spec: ModelSpec, cache: CacheSpec, machine: Machine) -> str:

@@ -95,7 +95,7 @@ class Answer:
         """The last chunk of a choice."""
         chunk = self._chunk(choice, {} if self.chat else "")
         chunk["choices"][0] |= self._ending(choice)
-        return {**chunk, "tqstack": choice.stats}
+        return {**chunk, **_made(choice)}
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         return {**self._envelope("chunk"), "choices": [], "usage": usage.as_dict()}
@@ -107,7 +107,7 @@ class Answer:
             **self._envelope(""),
             "choices": [self._whole(choice) for choice in choices],
             "usage": usage.as_dict(),
-            "tqstack": choices[0].stats,
+            **_made(choices[0]),
             **({"prompt_logprobs": told} if self.chat and told is not None else {}),
         }
 
@@ -161,6 +161,14 @@ class Answer:
         kind = "chat.completion" if self.chat else "text_completion"
         kind = f"{kind}.{suffix}" if suffix and self.chat else kind
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+def _made(choice: Choice) -> dict[str, Any]:
+    """How a choice was made; of its drafts as llama.cpp tells it, where there were any."""
+    names = ("draft_n", "draft_n_accepted")
+    stats = {name: value for name, value in choice.stats.items() if name not in names}
+    drafts = {name: choice.stats[name] for name in names if choice.stats.get("draft_n")}
+    return {"tqstack": stats, **({"timings": drafts} if drafts else {})}
 
 
 def _tokens(part: Part) -> list[Spoken]:

@@ -35,6 +35,10 @@ class EngineCollector:
         for name, value in status["totals"].items():
             what = f"{name.replace('_', ' ').capitalize()} since the start"
             yield CounterMetricFamily(f"tqstack_sidecar_{name}", what, value=value)
+        for name in ("draft_tokens", "draft_tokens_accepted", "verify_steps"):
+            value = status.get("speculation", {}).get(name, 0)
+            what = f"{name.replace('_', ' ').capitalize()} of speculative decoding"
+            yield CounterMetricFamily(f"tqstack_sidecar_{name}", what, value=value)
         if prefixes := status.get("prefixes"):
             missed = CounterMetricFamily(
                 "tqstack_sidecar_prefix_misses",

@@ -25,6 +25,7 @@ def read(text: Mapping[str, Any]) -> Geometry:
         "recurrent",
         state=value_heads * value_dim * key_dim,
         convolution=(size(text, "linear_conv_kernel_dim", 4) - 1) * mixed,
+        revocable=mixed + value_heads * (value_dim + key_dim + 1),
     )
     interval = size(text, "full_attention_interval", 4)
     count = size(text, "num_hidden_layers")

@@ -1,4 +1,4 @@
-"""How layers are stepped through: single tokens compiled, and on a GPU prompts a layer at a time.
+"""How layers are stepped through: a few tokens compiled, and on a GPU prompts a layer at a time.
 
 A token of a 40-layer model is some 2,000 small operations, and making and launching them takes
 longer than the GPU needs for them; a CPU waits meanwhile. `mx.compile` traces them once and fuses
@@ -11,7 +11,7 @@ return: there MLPs and recurrent layers wait for the one before.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 
 from tqstack.attention.kernels.program import backend
+from tqstack.models.layers.drafts import MOST_TOKENS, Revocable, several
 
 PROMPT = 256  # tokens from which on waiting costs nothing that could be seen
 
@@ -56,14 +57,14 @@ def _mlp(base: type[nn.Module]) -> type[nn.Module]:
         steps = True
 
         def __call__(self, x: mx.array) -> mx.array:
-            if x.shape[1] != 1:
+            if x.shape[1] > MOST_TOKENS:
                 y = super().__call__(x)
                 if x.shape[1] >= PROMPT and backend() == "cuda":
                     _wait_behind([y])
                 return y
-            if not hasattr(self, "_single_token"):
-                self._single_token = mx.compile(super().__call__)
-            return self._single_token(x)
+            if not hasattr(self, "_few_tokens"):
+                self._few_tokens = mx.compile(super().__call__)
+            return self._few_tokens(x)
 
     return Steps
 
@@ -74,6 +75,8 @@ def _recurrence(base: type[nn.Module]) -> type[nn.Module]:
         steps = True
 
         def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None):
+            if type(cache) is Revocable:
+                return self._revocably(x, cache)
             ready = type(cache) is ArraysCache and not cache.empty()
             if x.shape[1] != 1 or mask is not None or not ready:
                 y = super().__call__(x, mask, cache)
@@ -83,6 +86,12 @@ def _recurrence(base: type[nn.Module]) -> type[nn.Module]:
             if not hasattr(self, "_single_token"):
                 self._single_token = mx.compile(self._step)
             y, *cache.cache = self._single_token(x, *cache.cache)
+            return y
+
+        def _revocably(self, x: mx.array, cache: Revocable) -> mx.array:
+            if not hasattr(self, "_few_tokens"):
+                self._few_tokens = mx.compile(partial(several, self))
+            y, cache.held = self._few_tokens(x, *cache.past)
             return y
 
         def _step(self, x: mx.array, *state: Any) -> tuple[Any, ...]:
