@@ -141,6 +141,51 @@ def test_names(model, backend, name):
         assert (first.backend, first.model) == (backend, name)
 
 
+REPLICAS = {name: View(name, "up", {"m": 100_000}, "m", role="any") for name in "abc"}
+
+
+def choose(warm, seconds, **facts):
+    request = Ask("m", dict.fromkeys(seconds, 800), warm=warm, seconds=seconds, **facts)
+    first = decide(request, {name: REPLICAS[name] for name in seconds}, THRESHOLD).candidates[0]
+    return first.backend, first.reason
+
+
+@pytest.mark.parametrize(
+    "warm, seconds, expected",
+    [
+        # A cold prompt goes where its first token comes first.
+        ({}, {"a": 3, "b": 1, "c": 2}, ("b", "least-wait")),
+        # A warm one stays, also where it waits a little,
+        ({"c": 700}, {"a": 3, "b": 1, "c": 2}, ("c", "warm-prefix")),
+        # but not where it waits for long,
+        ({"c": 700}, {"a": 3, "b": 1, "c": 9}, ("b", "least-wait")),
+        # nor for the few tokens that all conversations have in common.
+        ({"c": 90}, {"a": 3, "b": 1, "c": 2}, ("b", "least-wait")),
+        # Of two that have read it, the one that is there first.
+        ({"a": 500, "c": 700}, {"a": 1, "b": 1, "c": 2}, ("a", "warm-prefix")),
+    ],
+)
+def test_a_prompt_goes_where_its_first_token_comes_first(warm, seconds, expected):
+    assert choose(warm, seconds) == expected
+
+
+def test_a_warm_prefix_comes_before_priority():
+    seen = {"a": REPLICAS["a"], "b": replace(REPLICAS["b"], priority=1)}
+    cold = Ask("m", dict.fromkeys(seen, 800))
+    assert decide(cold, seen, THRESHOLD).candidates[0].reason == "priority"
+    request = replace(cold, warm={"b": 700})
+    assert decide(request, seen, THRESHOLD).candidates[0].backend == "b"
+
+
+def test_a_conversation_that_crossed_the_threshold_does_not_go_back():
+    assert route(ask(tokens=900), views())[:2] == ("ollama", "short-prompt")
+    warm = {"sidecar": 600, "ollama": 600}
+    assert route(ask(tokens=900, warm=warm), views())[:2] == ("sidecar", "warm-prefix")
+    assert route(ask(tokens=900, warm={"ollama": 600}), views())[:2] == ("ollama", "short-prompt")
+    # What was read in a short prompt does not hold a long one back.
+    assert route(ask(tokens=1000, warm=warm), views())[:2] == ("sidecar", "long-prompt")
+
+
 def test_a_name_is_unknown_only_when_every_list_is_known():
     seen = {**views(), "ollama": View("ollama", "up")}
     assert decide(ask("new-model"), seen, THRESHOLD).candidates[0].model == "new-model"

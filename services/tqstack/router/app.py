@@ -36,6 +36,7 @@ from tqstack.router.exact import ExactCounter
 from tqstack.router.forward import Forward
 from tqstack.router.journal import Journal
 from tqstack.router.metrics import Metrics
+from tqstack.router.prefixes import Prefixes
 from tqstack.router.reload import reloading_at_hangup
 from tqstack.router.services import Endpoint, Services
 from tqstack.router.upstream import Upstream
@@ -157,4 +158,6 @@ def _services(settings: Settings, upstream: Upstream) -> Services:
     counter = ExactCounter(settings.model_name)
     metrics = Metrics(backends)
     journal = Journal(metrics.observe)
-    return Services(settings, upstream, backends, Estimator(), counter, journal, metrics)
+    return Services(
+        settings, upstream, backends, Estimator(), counter, Prefixes(), journal, metrics
+    )

@@ -14,6 +14,7 @@ import orjson
 from tqstack.openai_api.errors import ApiError
 from tqstack.router.amend import amended, ignored
 from tqstack.router.backends.backend import Backend
+from tqstack.router.backends.load import Reading
 from tqstack.router.client import Client
 from tqstack.router.estimate import Size, measure
 from tqstack.router.exact import NEAR
@@ -31,6 +32,7 @@ from tqstack.router.policy import (
     threshold_for,
 )
 from tqstack.router.prefill import begun_by
+from tqstack.router.prefixes import Boundary, boundaries
 from tqstack.router.relay import Relay
 from tqstack.router.rewrite import with_model
 from tqstack.router.services import Endpoint, Services
@@ -42,6 +44,7 @@ log = logging.getLogger(__name__)
 _SLACK = 0.25
 _CHAT = "/v1/chat/completions"
 _AMENDED = frozenset({_CHAT, "/v1/completions"})
+_WORTH_CACHING = 256  # tokens: backends keep whole blocks
 _EXPENSIVE_SECONDS = 10.0  # a failure after so long is not worth the SDK's automatic retries
 
 
@@ -68,6 +71,8 @@ class Exchange:
         self._chat = chat  # the same, in terms of chat
         self.original = request  # as it came
         self._size: Size = measure(chat)
+        self._prompt: list[Boundary] = []
+        self._read: dict[str, int] = {}  # tokens of it by backend, as far as is known
         self._relay: Relay | None = None
         # Each text to embed is a prompt of its own: their sum says nothing.
         self._slack = 1.0 if "embeddings" in endpoint.needs else _SLACK
@@ -157,7 +162,18 @@ class Exchange:
             backend: estimate(view.name_for(name), self._size) for backend, view in views.items()
         }
         needs = self._endpoint.needs or needs_of(self._chat, self._size.images)
-        return Ask(record.model, tokens, self._slack, needs, is_background(self._chat))
+        background = is_background(self._chat)
+        if len(views) == 1:  # nothing to choose
+            return Ask(record.model, tokens, self._slack, needs, background)
+        self._prompt = boundaries(name, self._chat)
+        self._read = self._services.prefixes.warm(self._prompt)
+        loads = {backend: self._backends[backend].load for backend in views}
+        warm = {b: loads[b].warm(read) for b, read in self._read.items() if b in loads}
+        seconds = {
+            backend: load.seconds(max(0, tokens[backend] - warm.get(backend, 0)))
+            for backend, load in loads.items()
+        }
+        return Ask(record.model, tokens, self._slack, needs, background, warm, seconds)
 
     def _choose(self, candidate: Candidate) -> None:
         self._record.chosen, self._record.estimate = candidate, candidate.tokens
@@ -183,13 +199,14 @@ class Exchange:
         if backend.is_ollama:
             sent = self._request if native else self._chat
             record.left_out += ignored(path, sent)
-        relay = Relay(backend, services.settings, services.upstream, client, record)
+        unread = max(0, candidate.tokens - backend.load.warm(self._read.get(backend.name, 0)))
+        reading = backend.load.begin(unread)
+        relay = Relay(backend, services.settings, services.upstream, client, record, reading)
         if backend.is_ollama and path == _CHAT:
             relay.begun = begun_by(self._chat)
         if dialect:
             relay.speak(dialect, self.original, translated=not native)
         self._relay = relay
-        backend.load.begin()
         try:
             await backend.check_context(
                 candidate.model,
@@ -215,8 +232,27 @@ class Exchange:
             if record.prompt_tokens:
                 services.estimator.learn(candidate.model, self._size, record.prompt_tokens)
         finally:
-            backend.load.end()
+            backend.load.end(reading)
+            if reading.seconds is not None:
+                self._learn(candidate, backend, reading, reading.seconds)
         return None
+
+    def _learn(
+        self, candidate: Candidate, backend: Backend, reading: Reading, seconds: float
+    ) -> None:
+        """What the reading of this prompt shows of the backend."""
+        record, prefixes, prompt = self._record, self._services.prefixes, self._prompt
+        tokens, cached = record.prompt_tokens or candidate.tokens, record.cached_tokens
+        expected = min(tokens, self._read.get(backend.name, 0))
+        if cached is not None and expected >= _WORTH_CACHING:
+            backend.load.learn_cached(expected, cached)
+            if 2 * cached < expected:
+                prefixes.forget(backend.name, prompt)
+        if prompt:
+            prefixes.remember(backend.name, prompt, tokens)
+        if record.stream and reading.alone:
+            unread = tokens - (expected if cached is None else cached)
+            backend.load.learn_speed(unread, seconds)
 
     def _native_body(self, backend: Backend, model: str) -> bytes:
         """The request as it came, as far as the backend reads it."""

@@ -28,6 +28,7 @@ class Record:
 
     Attributes:
         estimate: prompt tokens as estimated; `prompt_tokens` is what the backend counted.
+        cached_tokens: those of the prompt that the backend did not have to read.
         first_token: from the request's arrival to the first byte of the answer.
         output_tokens: from the backend's usage, else the number of chunks.
         left_out: types of what the request holds and the backend does not get.
@@ -47,6 +48,7 @@ class Record:
     first_token: float | None = None
     seconds: float | None = None
     prompt_tokens: int | None = None
+    cached_tokens: int | None = None
     output_tokens: int | None = None
     outcome: str = ""
     error: str = ""
@@ -85,6 +87,7 @@ class Record:
             "fallback_from": chosen.fallback_from if chosen else None,
             "estimate": self.estimate,
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "output_tokens": self.output_tokens,
             "first_token": _rounded(self.first_token),
             "seconds": _rounded(self.seconds or time.perf_counter() - self.began),

@@ -25,6 +25,10 @@ PREFIXES: dict[str, Kind] = {
 # Prompts of at least so many tokens go to the sidecar, by the architecture of its model: a hybrid's
 # cache is small in any case, so that compressing it pays later.
 THRESHOLDS = {"softmax": 6_000, "hybrid": 16_000}
+# A prompt goes where its beginning was read, if so much of it was (one part in so many), unless the
+# first token would come much later there: moving on leaves a cache behind.
+_WARM_PART = 8
+_PATIENCE, _PATIENT_SECONDS = 2.0, 2.0
 # Of two backends that can take a request, the one that is better off.
 _RANK: dict[State, int] = {"up": 0, "sick": 1, "loading": 2, "down": 3, "off": 4}
 
@@ -87,6 +91,8 @@ class Ask:
         slack: how far the estimate may be off; 0.1 means 10 %.
         needs: features it uses.
         background: a prompt that a client sends by itself (titles, tags, follow-ups).
+        warm: of the tokens, those at its front that a backend has read before.
+        seconds: until the first token would come, by backend.
     """
 
     model: str
@@ -94,6 +100,8 @@ class Ask:
     slack: float = 0.0
     needs: frozenset[str] = frozenset()
     background: bool = False
+    warm: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,12 +232,41 @@ def _preference(
         unfit, reason = ("short", "long-prompt") if long else ("long", "short-prompt")
         if long and ask.background and all(v.busy for v in enabled if v.role != "short"):
             unfit, reason = "long", "background"
+        elif not long and any(_was_long(view, ask, threshold) for view in enabled):
+            unfit, reason = "short", "warm-prefix"
 
-    def key(view: View) -> tuple[bool, bool, bool, int]:
+    def group(view: View) -> tuple[bool, bool]:
+        return view.name not in named, view.role == unfit
+
+    def key(view: View) -> tuple:
         unknown = view.knows(model) is None
-        return view.name not in named, view.role == unfit, unknown, view.priority
+        return *group(view), unknown, view.priority, ask.seconds.get(view.name, 0.0)
 
-    return sorted(enabled, key=key), reason
+    order = sorted(enabled, key=key)
+    equals = [view for view in order if group(view) == group(order[0])]
+    if len(equals) > 1 and (warm := _warmest(equals, ask)):
+        order.remove(warm)
+        return [warm, *order], "warm-prefix"
+    if reason == "priority" and order[0].priority == order[1].priority:
+        reason = "least-wait"
+    return order, reason
+
+
+def _was_long(view: View, ask: Ask, threshold: int) -> bool:
+    """Whether the prompt goes on with a conversation that was long once: it does not go back."""
+    return view.role == "long" and ask.warm.get(view.name, 0) >= threshold / 2
+
+
+def _warmest(views: list[View], ask: Ask) -> View | None:
+    """The one of these that has read the front of the prompt and is there first, if that pays."""
+    seconds = ask.seconds
+    warm = [v for v in views if ask.warm.get(v.name, 0) * _WARM_PART >= ask.tokens[v.name]]
+    if not warm:
+        return None
+    best = min(warm, key=lambda view: seconds.get(view.name, 0.0))
+    least = min(seconds.get(view.name, 0.0) for view in views)
+    waits = seconds.get(best.name, 0.0) > _PATIENCE * least + _PATIENT_SECONDS
+    return None if waits else best
 
 
 def _why_alone(chosen: View, enabled: list[View], able: list[View], capable: list[View]) -> str:

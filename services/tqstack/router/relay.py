@@ -16,6 +16,7 @@ import orjson
 
 from tqstack.router import failure as failures
 from tqstack.router.backends.backend import Backend
+from tqstack.router.backends.load import Reading
 from tqstack.router.client import Client, encode
 from tqstack.router.dialects import Dialect
 from tqstack.router.failure import Failure
@@ -54,6 +55,7 @@ class Relay:
         upstream: Upstream,
         client: Client,
         record: Record,
+        reading: Reading,
     ):
         self.watch = StreamWatch()
         self.begun = ""
@@ -63,6 +65,7 @@ class Relay:
         self._upstream = upstream
         self._client = client
         self._record = record
+        self._reading = reading
         self._dialect: Dialect | None = None
         self._translated = False
         self._request: dict[str, Any] = {}
@@ -133,6 +136,7 @@ class Relay:
         await client.stop_pings()
         await client.start_stream((*_kept(answer), *self._record.headers()))
         self._record.status = 200
+        self._backend.load.has_read(self._reading)
         self._record.mark_first_token()
         translated = client.stream if self._translated else None
         change = translated.feed if translated else ChatRepair().feed
@@ -175,6 +179,7 @@ class Relay:
             ended = not chunk
         whole = self._checked(bytes(body)) if ended else bytes(body)
         self._record.status = 200
+        self._backend.load.has_read(self._reading)
         self._record.mark_first_token()
         headers = (*_kept(answer), *self._record.headers())
         if ended:
@@ -220,7 +225,16 @@ class Relay:
         prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
         output = usage.get("completion_tokens", usage.get("output_tokens"))
         self._record.prompt_tokens = prompt if isinstance(prompt, int) else None
+        self._record.cached_tokens = _cached(usage)
         self._record.output_tokens = output if isinstance(output, int) else events
+
+
+def _cached(usage: dict[str, Any]) -> int | None:
+    """In the words of chat, Responses or Messages."""
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    cached = usage.get("cache_read_input_tokens") if cached is None else cached
+    return cached if isinstance(cached, int) else None
 
 
 def _one_after_the_other(first: Change, second: Change) -> Change:

@@ -13,6 +13,7 @@ from tqstack.router.estimate import Estimator
 from tqstack.router.exact import ExactCounter
 from tqstack.router.journal import Journal
 from tqstack.router.metrics import Metrics
+from tqstack.router.prefixes import Prefixes
 from tqstack.router.upstream import Upstream
 from tqstack.settings import Settings
 
@@ -26,6 +27,7 @@ class Services:
     backends: Roster
     estimator: Estimator
     counter: ExactCounter
+    prefixes: Prefixes
     journal: Journal
     metrics: Metrics
 

@@ -175,6 +175,7 @@ class Backend:
             "models": len(view.models),
             "context_length": view.context(view.own_model),
             "running": self.load.running,
+            "prefill_speed": self.load.prefill_speed,
             "health": self.health.report,
         }
 
