@@ -68,6 +68,9 @@ class Settings(BaseSettings):
     router_body_limit_mb: Annotated[int, Field(ge=1)] = Field(
         64, description="largest request body, also after decompression"
     )
+    router_max_queue: Annotated[int, Field(ge=0)] = Field(
+        64, description="requests that may wait where all backends are full; more get a 429"
+    )
     router_connect_seconds: Seconds = Field(3, description="limit for connecting to a backend")
     router_first_token_seconds: Seconds = Field(
         180, description="limit for a stream's first token, beside 1 s for every 20 prompt tokens"

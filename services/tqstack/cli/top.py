@@ -62,7 +62,7 @@ def screen(status: dict[str, Any], rows: int) -> Group:
     cards = [_card(name, backend) for name, backend in status["backends"].items()]
     head = Text(
         f"tqstack · {status['threshold']:,} tokens and more go to the sidecar · "
-        f"{status['running']} running",
+        f"{status['running']} running · {status['waiting']} waiting",
         style="bold",
     )
     return Group(
@@ -78,7 +78,10 @@ def _card(name: str, backend: dict[str, Any]) -> Panel:
     facts.add_row("state", Text(backend["state"], style=_STATE[backend["state"]]))
     facts.add_row("model", backend["model"] or "–")
     facts.add_row("context", _count(backend["context_length"]))
-    facts.add_row("running", _count(backend["running"]))
+    most = f" of {_count(backend['at_once'])}" if backend["at_once"] else ""
+    facts.add_row("running", _count(backend["running"]) + most)
+    if backend["prefill_speed"]:
+        facts.add_row("reads", f"{backend['prefill_speed']:,.0f} tokens/s")
     cache = backend["health"].get("cache") or {}
     if cache.get("bytes_fp16"):
         used, full = cache["bytes"] / 1e6, cache["bytes_fp16"] / 1e6
@@ -107,9 +110,15 @@ def _table(title: str, records: list[dict[str, Any]], styles: dict[str, str]) ->
             _seconds(record["first_token"]),
             _count(record["tokens_per_second"]),
             _seconds(record["seconds"]),
-            Text(record["outcome"], style="" if record["outcome"] in ("ok", "running") else "red"),
+            _outcome(record),
         )
     return table
+
+
+def _outcome(record: dict[str, Any]) -> Text:
+    if record["position"]:
+        return Text(f"waits, place {record['position']}", style="yellow")
+    return Text(record["outcome"], style="" if record["outcome"] in ("ok", "running") else "red")
 
 
 def _tokens(record: dict[str, Any]) -> str:

@@ -39,6 +39,7 @@ from tqstack.router.metrics import Metrics
 from tqstack.router.prefixes import Prefixes
 from tqstack.router.reload import reloading_at_hangup
 from tqstack.router.services import Endpoint, Services
+from tqstack.router.slots import Slots
 from tqstack.router.upstream import Upstream
 from tqstack.settings import Settings
 
@@ -156,8 +157,17 @@ def _services(settings: Settings, upstream: Upstream) -> Services:
 
     backends = Roster(make)
     counter = ExactCounter(settings.model_name)
-    metrics = Metrics(backends)
+    slots = Slots(settings.router_max_queue)
+    metrics = Metrics(backends, slots)
     journal = Journal(metrics.observe)
     return Services(
-        settings, upstream, backends, Estimator(), counter, Prefixes(), journal, metrics
+        settings,
+        upstream,
+        backends,
+        Estimator(),
+        counter,
+        Prefixes(),
+        slots,
+        journal,
+        metrics,
     )

@@ -14,7 +14,7 @@ import orjson
 from tqstack.openai_api.errors import ApiError
 from tqstack.router.amend import amended, ignored
 from tqstack.router.backends.backend import Backend
-from tqstack.router.backends.load import Reading
+from tqstack.router.backends.load import Load, Reading
 from tqstack.router.client import Client
 from tqstack.router.estimate import Size, measure
 from tqstack.router.exact import NEAR
@@ -71,6 +71,7 @@ class Exchange:
         self._chat = chat  # the same, in terms of chat
         self.original = request  # as it came
         self._size: Size = measure(chat)
+        self._background = is_background(chat)
         self._prompt: list[Boundary] = []
         self._read: dict[str, int] = {}  # tokens of it by backend, as far as is known
         self._relay: Relay | None = None
@@ -93,12 +94,39 @@ class Exchange:
                 self._client.stream = dialect.stream(self.original, record.estimate or 0)
             seconds = self._services.settings.router_ping_seconds
             self._client.ping_every(seconds, self._record.headers, self._progress)
-        place: int | None = 0
+        untried = list(route.candidates)
         try:
-            while place is not None:
-                place = await self._try(route, place)
+            while untried:
+                load = await self._slot(untried)
+                try:
+                    await self._try(untried, route.alone)
+                finally:
+                    self._services.slots.free(load)
         finally:
             await self._client.stop_pings()
+
+    async def _slot(self, untried: list[Candidate]) -> Load:
+        """A slot at the first of these that has one, which is put first.
+
+        Raises:
+            ApiError: 429, if they are all full, and too many requests wait.
+        """
+        loads = [self._backends[candidate.backend].load for candidate in untried]
+        record, first = self._record, untried[0]
+        take = self._services.slots.take
+        try:
+            load = await take(loads, record.client, self._background, self._wait)
+        finally:
+            record.position = None
+        chosen = untried.pop(loads.index(load))
+        if chosen is not first:
+            reason = f"{first.backend}-full"
+            chosen = replace(chosen, reason=reason, fallback_from=first.backend)
+        untried.insert(0, chosen)
+        return load
+
+    def _wait(self, position: Callable[[], int]) -> None:
+        self._record.position = position
 
     async def count(self, answer: Callable[[int], dict[str, Any]]) -> None:
         """Tells the client its prompt's tokens, for the model that would answer.
@@ -162,7 +190,7 @@ class Exchange:
             backend: estimate(view.name_for(name), self._size) for backend, view in views.items()
         }
         needs = self._endpoint.needs or needs_of(self._chat, self._size.images)
-        background = is_background(self._chat)
+        background = self._background
         if len(views) == 1:  # nothing to choose
             return Ask(record.model, tokens, self._slack, needs, background)
         self._prompt = boundaries(name, self._chat)
@@ -179,13 +207,15 @@ class Exchange:
         self._record.chosen, self._record.estimate = candidate, candidate.tokens
 
     def _progress(self) -> str:
+        if position := self._record.position:
+            return f"all backends are busy; position {position()} in the queue"
         comment = self._relay.watch.comment if self._relay else ""
         return comment or "waiting for the first token"
 
-    async def _try(self, route: Route, place: int) -> int | None:
-        """Answers through one candidate, or gives back the place of the one to try next."""
+    async def _try(self, untried: list[Candidate], alone: str) -> None:
+        """Answers through the first of these, and leaves those that are to be tried after it."""
         services, record, client = self._services, self._record, self._client
-        candidate = route.candidates[place]
+        candidate = untried[0]
         backend = self._backends[candidate.backend]
         self._choose(candidate)
         path, dialect = self._endpoint.path, self._endpoint.dialect
@@ -217,16 +247,19 @@ class Exchange:
         except Failure as failure:
             if dialect and native and failure.kind in ("status-404", "status-405", "status-501"):
                 backend.does_not_speak(path)
-                return place
+                return  # to the same one, in terms of chat
             log.warning("request %d: %s failed it: %s", record.id, backend.name, failure)
             backend.failed(failure)
-            following = route.candidates[place + 1 : place + 2]
+            following = untried[1:]
+            untried.clear()
             if following and failure.elsewhere and not client.answered:
                 record.failures.append(f"{backend.name} {failure.kind}")
                 await client.note(f"{backend.name} failed; asking {following[0].backend}")
-                return place + 1
-            await self._give_up(failure, route.alone)
+                untried += following
+                return
+            await self._give_up(failure, alone)
         else:
+            untried.clear()
             record.outcome = "ok"
             backend.succeeded()
             if record.prompt_tokens:
@@ -235,7 +268,6 @@ class Exchange:
             backend.load.end(reading)
             if reading.seconds is not None:
                 self._learn(candidate, backend, reading, reading.seconds)
-        return None
 
     def _learn(
         self, candidate: Candidate, backend: Backend, reading: Reading, seconds: float

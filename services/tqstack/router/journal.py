@@ -27,6 +27,8 @@ class Record:
     """One request. Times are in seconds; `None` where nothing is known (yet).
 
     Attributes:
+        client: the name of its key.
+        position: tells its place in the queue, while it waits for a backend.
         estimate: prompt tokens as estimated; `prompt_tokens` is what the backend counted.
         cached_tokens: those of the prompt that the backend did not have to read.
         first_token: from the request's arrival to the first byte of the answer.
@@ -39,10 +41,12 @@ class Record:
     id: int = field(default_factory=lambda: next(_ids))
     began_at: float = field(default_factory=time.time)
     began: float = field(default_factory=time.perf_counter)
+    client: str = ""
     model: str = ""
     stream: bool = False
     estimate: int | None = None
     chosen: Candidate | None = None
+    position: Callable[[], int] | None = None
     failures: list[str] = field(default_factory=list)
     status: int = 0
     first_token: float | None = None
@@ -79,11 +83,13 @@ class Record:
             "id": self.id,
             "began_at": round(self.began_at, 3),
             "path": self.path,
+            "client": self.client,
             "model": self.model,
             "stream": self.stream,
             "backend": self.backend,
             "answered_as": chosen.model if chosen else None,
             "reason": self.reason,
+            "position": self.position() if self.position else None,
             "fallback_from": chosen.fallback_from if chosen else None,
             "estimate": self.estimate,
             "prompt_tokens": self.prompt_tokens,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily
 
 from tqstack.router.backends.backend import Backend
 from tqstack.router.journal import Record
+from tqstack.router.slots import Slots
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 _PER_TOKEN = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
@@ -22,7 +23,7 @@ _STATES = ("up", "sick", "loading", "down", "off")
 class Metrics:
     """Counts what the journal tells it, and asks the backends how they are when it is scraped."""
 
-    def __init__(self, backends: Mapping[str, Backend]):
+    def __init__(self, backends: Mapping[str, Backend], slots: Slots):
         self._registry = CollectorRegistry()
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._requests = Counter(
@@ -54,6 +55,12 @@ class Metrics:
         )
         ProcessCollector(registry=self._registry)
         self._registry.register(_BackendCollector(backends))
+        waiting = Gauge(
+            "tqstack_router_waiting",
+            "Requests that wait because all backends are full",
+            registry=self._registry,
+        )
+        waiting.set_function(lambda: slots.waiting)
 
     def _histogram(self, name: str, what: str, buckets: tuple, *labels: str) -> Histogram:
         return Histogram(

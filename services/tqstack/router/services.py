@@ -14,6 +14,7 @@ from tqstack.router.exact import ExactCounter
 from tqstack.router.journal import Journal
 from tqstack.router.metrics import Metrics
 from tqstack.router.prefixes import Prefixes
+from tqstack.router.slots import Slots
 from tqstack.router.upstream import Upstream
 from tqstack.settings import Settings
 
@@ -28,6 +29,7 @@ class Services:
     estimator: Estimator
     counter: ExactCounter
     prefixes: Prefixes
+    slots: Slots
     journal: Journal
     metrics: Metrics
 

@@ -86,5 +86,6 @@ def _summary(services: Services) -> dict:
         ),
         "threshold": threshold_for(services.settings.prompt_token_threshold, measure),
         "running": len(services.journal.running),
+        "waiting": services.slots.waiting,
         "backends": backends,
     }

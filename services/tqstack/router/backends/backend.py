@@ -49,7 +49,7 @@ class Backend:
         self.name = definition.name
         self.kind: Kind = definition.kind
         self.address = Address(definition.url, definition.key.get_secret_value(), upstream)
-        self.load = Load()
+        self.load = Load(definition.at_once)
         self._contexts = Contexts(self.address.fetch) if self.kind == "ollama" else None
         self.probe = Probe(
             self.name,
@@ -175,6 +175,7 @@ class Backend:
             "models": len(view.models),
             "context_length": view.context(view.own_model),
             "running": self.load.running,
+            "at_once": self.load.at_once,
             "prefill_speed": self.load.prefill_speed,
             "health": self.health.report,
         }

@@ -32,6 +32,7 @@ class Definition(BaseModel):
         key: what it wants to see of us; in the file, where to find it.
         models: those it may be asked for; none: all it has.
         default_model: the one for requests that name none of its own; empty: its first.
+        at_once: the most requests at a time; none: any number.
         role: the length of the prompts that it is for. By its kind, if it is not set.
         priority: of those that a prompt may go to, the lowest comes first.
     """
@@ -44,6 +45,7 @@ class Definition(BaseModel):
     key: SecretStr = SecretStr("")
     models: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     default_model: str = ""
+    at_once: Annotated[int, Field(ge=1)] | None = None
     role: Role = "any"
     priority: int = 0
     enabled: bool = True

@@ -33,16 +33,22 @@ class Reading:
 class Load:
     """
     Attributes:
-        running: requests of ours.
+        running: requests of ours, each in a slot that `Slots` gave it.
+        at_once: the most of them; `None`: any number.
         prefill_speed: tokens a second, as measured; `None` before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int | None = None):
         self.running = 0
+        self.at_once = at_once
         self.breaker = Breaker()
         self.prefill_speed: float | None = None
         self._readings: list[Reading] = []
         self._kept = 1.0  # how much of what should have been cached was, lately
+
+    @property
+    def full(self) -> bool:
+        return self.at_once is not None and self.running >= self.at_once
 
     @property
     def sick(self) -> bool:
@@ -68,7 +74,6 @@ class Load:
         for other in self._readings:
             other.alone = False
         self._readings.append(reading)
-        self.running += 1
         self.breaker.begin()
         return reading
 
@@ -80,7 +85,6 @@ class Load:
     def end(self, reading: Reading) -> None:
         if reading in self._readings:
             self._readings.remove(reading)
-        self.running -= 1
         self.breaker.abandoned()  # nothing, if there was a verdict
 
     def learn_speed(self, tokens: int, seconds: float) -> None:
