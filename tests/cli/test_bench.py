@@ -115,3 +115,11 @@ def test_distortion_stands_beside_the_papers_and_the_limit(tmp_path):
     plain, trellis = json.loads(output.read_text())["rows"]
     assert plain["paper"] == 0.0345 and plain["limit"] == 4.0**-3
     assert plain["limit"] < trellis["squared_error"] < plain["squared_error"] < 0.037
+
+
+def test_speed_takes_codes_of_weights_by_name_and_refuses_others(tmp_path):
+    for weights, why in (("trellis-5", "trellis or lloyd with -2, -3 or -4"), ("int4", "affine-2")):
+        result = tqstack(tmp_path, "bench", "speed", "--shape", "qwen3-8b", "--weights", weights)
+        assert result.returncode == 2 and why in result.stderr
+    result = tqstack(tmp_path, "bench", "speed", "demo", "--weights", "trellis-3")
+    assert result.returncode == 2 and "a named model has its own" in result.stderr

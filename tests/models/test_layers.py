@@ -13,7 +13,9 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from models.architectures import SMALL_35B
 from tqstack.bench import shapes
-from tqstack.models.layers import convolution, experts, steps
+from tqstack.models.layers import convolution, drafts, experts, steps
+from tqstack.weights.layers import Coded
+from tqstack.weights.recipe import layers_of
 
 
 def build() -> nn.Module:
@@ -22,9 +24,10 @@ def build() -> nn.Module:
 
 
 def logits(model: nn.Module, batch: int = 2, tokens: int = 4) -> list[mx.array]:
-    """Of a short prompt, and of some tokens after it one by one."""
+    """Of a prompt that is no draft, and of some tokens after it one by one."""
     cache = make_prompt_cache(model)
-    prompt = mx.arange(5 * batch).reshape(batch, 5)
+    length = drafts.MOST_TOKENS + 1
+    prompt = mx.arange(length * batch).reshape(batch, length)
     out = [model(prompt, cache=cache)]
     out += [model(mx.full((batch, 1), i), cache=cache) for i in range(tokens)]
     mx.eval(out)
@@ -105,3 +108,13 @@ def test_a_dropped_model_gives_its_memory_back():
     del model
     gc.collect()
     assert mx.get_active_memory() - before < 100_000
+
+
+def test_shapes_have_the_codes_that_a_conversion_would_make():
+    model = shapes.build("qwen3.5-35b-a3b", layers=4, weights="trellis-3", **SMALL_35B)
+    kinds = {path.rpartition(".")[2]: type(layer) for path, layer in layers_of(model).items()}
+    coded = {path for path, layer in model.named_modules() if isinstance(layer, Coded)}
+    assert issubclass(kinds["gate"], nn.Linear) and issubclass(kinds["in_proj_a"], nn.Linear)
+    assert any(path.endswith("switch_mlp.down_proj") for path in coded)
+    logits = model(mx.zeros((1, 3), mx.int32))
+    assert logits.dtype == mx.bfloat16 and mx.isfinite(logits).all()

@@ -24,6 +24,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import dequantize_model
 
 from tqstack.bench import speed
+from tqstack.bench.shapes import AFFINE_BITS, AFFINE_GROUP
 from tqstack.models.adapt import adapt
 from tqstack.models.device import this_machine
 from tqstack.models.load import expand, load_model
@@ -34,8 +35,6 @@ from tqstack.weights.loading import FORMATS
 
 WINDOW = 1024
 CHUNK = 256  # tokens whose logits exist at once
-AFFINE_GROUP = 64
-AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 GENERATED, TRIALS = 32, 3
 DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 

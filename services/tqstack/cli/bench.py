@@ -51,6 +51,9 @@ def speed(
         ),
     ] = "all",
     bits: Annotated[str, typer.Option(help="of turboquant: 4, k4v3, or codecs by name")] = "4",
+    weights: Annotated[
+        str, typer.Option(help="of the shape, by commas: affine-4, trellis-3, lloyd-4 ...")
+    ] = "affine-4",
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 1000,
     generation_tokens: Annotated[int, typer.Option(min=1)] = 64,
     context: Annotated[str, typer.Option(help="tokens in the cache before the prompt")] = "0",
@@ -71,10 +74,15 @@ def speed(
     from tqstack.bench.speed import Row, Workload, as_json, measure, runnable
     from tqstack.models.spec import ModelNotFoundError
 
-    names, network = backend_names(backend), partial(_network, model, shape, layers)
+    names, codes, subjects = backend_names(backend), weights.split(","), {}
+    if weights != "affine-4" and not shape:
+        fail("--weights is of a --shape; a named model has its own", 2)
     try:
-        subjects = backends(names, network(True), bits, partial(network, False))
-    except ModelNotFoundError as error:
+        for code in codes:
+            network = partial(_network, model, shape, layers, weights=code)
+            found = backends(names, network(True), bits, partial(network, False))
+            subjects |= {f"{n}, {code}" if len(codes) > 1 else n: b for n, b in found.items()}
+    except (ModelNotFoundError, ValueError) as error:
         fail(str(error), 2)
     tokens = demo_model.held_out_tokens().astype(np.int32)
     caches, unable = runnable(subjects, tokens, batch)
@@ -97,6 +105,7 @@ def speed(
         "model": shape or model,
         "device": mx.device_info().get("device_name", str(mx.default_device())),
         "bits": bits,
+        "weights": weights if shape else None,
         "trials": trials,
     }
     _print_speed(rows)
@@ -132,8 +141,12 @@ def start(
     write(output, {"model": shape or model, "own_seconds": own, "rows": rows})
 
 
-def _network(model: str, shape: str, layers: int, adapted: bool) -> Any:
-    """A model to measure: a named one, or random weights of a shape."""
+def _network(model: str, shape: str, layers: int, adapted: bool, weights: str = "affine-4") -> Any:
+    """A model to measure: a named one, or random weights of a shape.
+
+    Raises:
+        ModelNotFoundError, ValueError: there is no such model, or no such code of weights.
+    """
     from tqstack.bench import shapes
     from tqstack.models.load import load_model
 
@@ -141,7 +154,7 @@ def _network(model: str, shape: str, layers: int, adapted: bool) -> Any:
         return load_model(model, adapted=adapted).model
     if shape not in shapes.SHAPES:
         fail(f"--shape {shape}: allowed: {', '.join(shapes.SHAPES)}", 2)
-    return shapes.build(shape, layers or None, adapted)
+    return shapes.build(shape, layers or None, adapted, weights)
 
 
 def _print_speed(rows: list[Any]) -> None:

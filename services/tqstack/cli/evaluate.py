@@ -75,7 +75,8 @@ def _candidates(models: list[str], against: str, affine: list[int]) -> list[Any]
     Raises:
         ValueError: one of them does not exist, or no such code can be made.
     """
-    from tqstack.bench.evaluate import AFFINE_GROUP, Candidate, check_affine
+    from tqstack.bench.evaluate import Candidate, check_affine
+    from tqstack.bench.shapes import AFFINE_GROUP
     from tqstack.models.load import fetched
     from tqstack.models.spec import resolve
 
