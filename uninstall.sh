@@ -34,7 +34,9 @@ agreed() {
 }
 
 remove_config() {
-  rm -f "$config" "$config.before-install"
+  local folder
+  folder=$(dirname "$config")
+  rm -f "$config" "$config.before-install" "$folder/keys.json" "$folder/backends.toml"
   rmdir -p "$(dirname "$config")" 2>/dev/null || true
 }
 

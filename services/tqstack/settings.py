@@ -234,6 +234,11 @@ class Settings(BaseSettings):
         return config_path().with_name("backends.toml")
 
     @property
+    def keys_file(self) -> Path:
+        """The file of the router's client keys, which need not be there."""
+        return config_path().with_name("keys.json")
+
+    @property
     def router_url(self) -> str:
         return _url(self.router_host, self.router_port)
 

@@ -174,6 +174,12 @@ def test_a_backend_whose_usage_shows_no_cache_is_no_longer_preferred(fleet):
     assert report["reason"] == "warm-prefix"
 
 
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/embeddings", "/v1/chat/completions"])
+@pytest.mark.parametrize("messages", [[1], ["a"], [{"role": ["x"], "content": {}}], {}, [None]])
+def test_messages_that_are_none_are_no_fault(fleet, path, messages):
+    assert fleet.post(path, messages=messages, input="x", model="m").status_code < 500
+
+
 def test_what_two_apis_say_is_one_conversation(fleet):
     text = "hello " * 300
     first = fleet.post(messages=[{"role": "user", "content": text}], model="attic:m")

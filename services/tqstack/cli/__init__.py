@@ -12,6 +12,7 @@ from tqstack.cli.convert import convert
 from tqstack.cli.doctor import doctor
 from tqstack.cli.evaluate import evaluate
 from tqstack.cli.generate import compare, generate
+from tqstack.cli.key import app as key
 from tqstack.cli.model import app as model
 from tqstack.cli.plan import plan
 from tqstack.cli.router import router
@@ -31,7 +32,8 @@ for command in (up, router, sidecar, generate, compare, convert, evaluate, top, 
 bench.command("router")(bench_router)
 bench.command("serving")(bench_serving)
 bench.command("agent")(bench_agent)
-for name, group in (("bench", bench), ("config", config), ("model", model), ("service", service)):
+groups = {"bench": bench, "config": config, "key": key, "model": model, "service": service}
+for name, group in groups.items():
     app.add_typer(group, name=name)
 
 

@@ -68,6 +68,7 @@ def screen(status: dict[str, Any], rows: int) -> Group:
     return Group(
         head,
         Columns(cards, equal=True, expand=True),
+        *([_clients(status["clients"])] if status["clients"] else []),
         _table("now", status["requests"][:rows], styles),
         _table("last", status["recent"][:rows], styles),
     )
@@ -89,6 +90,17 @@ def _card(name: str, backend: dict[str, Any]) -> Panel:
     elif backend["state"] not in ("up", "off"):
         facts.add_row("why", backend["detail"])
     return Panel(facts, title=name, border_style=_KIND[backend["kind"]], title_align="left")
+
+
+def _clients(clients: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="keys", title_justify="left", expand=True, box=None, header_style="dim")
+    table.add_column("key", no_wrap=True)
+    names = ("running", "requests", "refused", "prompt_tokens", "cached_tokens", "output_tokens")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    for name, client in clients.items():
+        table.add_row(name, *(_count(client[one]) for one in names))
+    return table
 
 
 def _table(title: str, records: list[dict[str, Any]], styles: dict[str, str]) -> Table:

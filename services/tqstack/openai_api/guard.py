@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,22 +25,34 @@ _PREFLIGHT = [
 ]
 
 
+CLIENT = "tqstack.client"
+# The name of the client that sends this key, empty if that does not matter; `None` for a stranger.
+NameOf = Callable[[bytes | None], str | None]
+
+
+def _with_one_key(wanted: bytes, key: bytes | None) -> str | None:
+    known = not wanted or (key is not None and hmac.compare_digest(key, wanted))
+    return "" if known else None
+
+
 class Guard:
     """The checks of one service.
 
     Args:
         hosts: names under which it may be reached, and from whose pages.
-        key: what clients must send; empty: nothing.
+        key: what clients must send, empty: nothing; or what tells who a key belongs to.
         open_paths: need no key.
     """
 
-    def __init__(self, hosts: Iterable[str], key: str, open_paths: tuple[str, ...] = ()):
+    def __init__(self, hosts: Iterable[str], key: str | NameOf, open_paths: tuple[str, ...] = ()):
         self._names = {host.strip().lower() for host in hosts} - {""}
-        self._key = key.encode()
+        self._name_of = partial(_with_one_key, key.encode()) if isinstance(key, str) else key
         self._open_paths = open_paths
 
     def check(self, scope: Any) -> str | None:
         """Lets a request pass, and gives back its Origin, if it has one.
+
+        The client's name is in the scope afterwards, under `CLIENT`.
 
         Raises:
             ApiError: 400, 401 or 403.
@@ -62,18 +75,16 @@ class Guard:
             raise _foreign(f"the host {host!r}")
         if origin is not None and not self._knows(origin):
             raise _foreign(f"pages from {origin!r}")
-        if self._key and scope["method"] != "OPTIONS" and scope["path"] not in self._open_paths:
-            self._check_key(key)
+        if scope["method"] != "OPTIONS" and scope["path"] not in self._open_paths:
+            name = scope[CLIENT] = self._name_of(key)
+            if name is None:
+                raise ApiError(
+                    401,
+                    "this service needs a key: send `Authorization: Bearer KEY` with the value of "
+                    "TQSTACK_API_KEY, or with a key that `tqstack key add` made",
+                    code="invalid_api_key",
+                )
         return origin
-
-    def _check_key(self, key: bytes | None) -> None:
-        if key is None or not hmac.compare_digest(key, self._key):
-            raise ApiError(
-                401,
-                "this service needs its key: send `Authorization: Bearer KEY` with the value of "
-                "TQSTACK_API_KEY",
-                code="invalid_api_key",
-            )
 
     def _knows(self, url: str) -> bool:
         try:

@@ -27,6 +27,7 @@ from tqstack.router.backends.backend import Backend
 from tqstack.router.backends.definition import Definition, definitions
 from tqstack.router.backends.roster import Roster
 from tqstack.router.client import Client
+from tqstack.router.clients import Clients
 from tqstack.router.dialects import messages, responses
 from tqstack.router.dialects.messages import Messages, TokenCount, message_tokens
 from tqstack.router.dialects.responses import InputTokens, Responses, input_tokens
@@ -35,6 +36,7 @@ from tqstack.router.estimate import Estimator
 from tqstack.router.exact import ExactCounter
 from tqstack.router.forward import Forward
 from tqstack.router.journal import Journal
+from tqstack.router.keys import Keys
 from tqstack.router.metrics import Metrics
 from tqstack.router.prefixes import Prefixes
 from tqstack.router.reload import reloading_at_hangup
@@ -117,14 +119,14 @@ def create_app(settings: Settings) -> RouterApp:
     """The router, ready to be served. Its backends need not be there.
 
     Raises:
-        SettingsError: the file of backends cannot be used.
+        SettingsError: the file of backends or of keys cannot be used.
     """
-    found = definitions(settings)
+    found, keys = definitions(settings), Keys(settings)
 
     @asynccontextmanager
     async def lifespan(app: RouterApp) -> AsyncIterator[None]:
         upstream = Upstream(settings.router_connect_seconds)
-        services = app.state.services = _services(settings, upstream)
+        services = app.state.services = _services(settings, upstream, Clients(keys))
         services.backends.replace(found)
         app.forwards = {e.path: Forward(e, services) for e in FORWARDED}
         with reloading_at_hangup(services):
@@ -135,9 +137,7 @@ def create_app(settings: Settings) -> RouterApp:
     app = RouterApp(title="tqstack router", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.forwards = {}
     # The status page has no data of its own, and asks for the key.
-    app.guard = Guard(
-        settings.known_hosts(settings.router_host), settings.tqstack_api_key, open_paths=("/",)
-    )
+    app.guard = Guard(settings.known_hosts(settings.router_host), keys.name_of, open_paths=("/",))
     for path, endpoint in VIEWS:
         app.add_api_route(path, endpoint, methods=["GET"])
     app.add_api_route("/reload", views.reload, methods=["POST"])
@@ -146,7 +146,7 @@ def create_app(settings: Settings) -> RouterApp:
     return app
 
 
-def _services(settings: Settings, upstream: Upstream) -> Services:
+def _services(settings: Settings, upstream: Upstream, clients: Clients) -> Services:
     def make(definition: Definition) -> Backend:
         return Backend(
             definition,
@@ -158,7 +158,7 @@ def _services(settings: Settings, upstream: Upstream) -> Services:
     backends = Roster(make)
     counter = ExactCounter(settings.model_name)
     slots = Slots(settings.router_max_queue)
-    metrics = Metrics(backends, slots)
+    metrics = Metrics(backends, slots, clients)
     journal = Journal(metrics.observe)
     return Services(
         settings,
@@ -168,6 +168,7 @@ def _services(settings: Settings, upstream: Upstream) -> Services:
         counter,
         Prefixes(),
         slots,
+        clients,
         journal,
         metrics,
     )

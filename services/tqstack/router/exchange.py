@@ -85,9 +85,18 @@ class Exchange:
         """Answers the client.
 
         Raises:
-            ApiError: no backend can take this request.
+            ApiError: no backend can take this request, or its client may not send it now.
         """
         route = await self._decide()
+        clients, record = self._services.clients, self._record
+        estimate = record.estimate or 0
+        clients.begin(record.client, estimate)
+        try:
+            await self._answer(route)
+        finally:
+            clients.end(record, estimate)
+
+    async def _answer(self, route: Route) -> None:
         dialect, record = self._endpoint.dialect, self._record
         if record.stream:
             if dialect:

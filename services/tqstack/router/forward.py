@@ -10,6 +10,7 @@ import orjson
 
 from tqstack.openai_api.body import ClientGone, read_body
 from tqstack.openai_api.errors import ApiError
+from tqstack.openai_api.guard import CLIENT
 from tqstack.openai_api.schema import parse_json, validate
 from tqstack.router.client import Client
 from tqstack.router.encoding import decode
@@ -30,7 +31,7 @@ class Forward:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         endpoint = self._endpoint
         client = Client(receive, send, endpoint.dialect)
-        record = self._services.journal.begin(endpoint.path)
+        record = self._services.journal.begin(endpoint.path, scope[CLIENT])
         loop = asyncio.get_running_loop()  # a system call, before Python 3.12: made once
         task = asyncio.current_task(loop)
         assert task

@@ -38,10 +38,10 @@ class Record:
     """
 
     path: str
+    client: str = ""
     id: int = field(default_factory=lambda: next(_ids))
     began_at: float = field(default_factory=time.time)
     began: float = field(default_factory=time.perf_counter)
-    client: str = ""
     model: str = ""
     stream: bool = False
     estimate: int | None = None
@@ -134,8 +134,8 @@ class Journal:
         self.recent: deque[Record] = deque(maxlen=KEPT)
         self._listener = listener
 
-    def begin(self, path: str) -> Record:
-        record = Record(path)
+    def begin(self, path: str, client: str) -> Record:
+        record = Record(path, client)
         self.running[record.id] = record
         return record
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import generate_latest
-from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from tqstack.router.backends.backend import Backend
+from tqstack.router.clients import Clients
 from tqstack.router.journal import Record
 from tqstack.router.slots import Slots
 
@@ -23,7 +24,7 @@ _STATES = ("up", "sick", "loading", "down", "off")
 class Metrics:
     """Counts what the journal tells it, and asks the backends how they are when it is scraped."""
 
-    def __init__(self, backends: Mapping[str, Backend], slots: Slots):
+    def __init__(self, backends: Mapping[str, Backend], slots: Slots, clients: Clients):
         self._registry = CollectorRegistry()
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._requests = Counter(
@@ -55,6 +56,7 @@ class Metrics:
         )
         ProcessCollector(registry=self._registry)
         self._registry.register(_BackendCollector(backends))
+        self._registry.register(_ClientCollector(clients))
         waiting = Gauge(
             "tqstack_router_waiting",
             "Requests that wait because all backends are full",
@@ -121,3 +123,30 @@ class _BackendCollector:
                 states.add_metric((backend.name, state), float(backend.view().state == state))
             running.add_metric((backend.name,), backend.load.running)
         return (states, running)
+
+
+class _ClientCollector:
+    """What each key was used for, read at the moment of the scrape."""
+
+    def __init__(self, clients: Clients):
+        self._clients = clients
+
+    def collect(self) -> Iterable[Metric]:
+        running = GaugeMetricFamily(
+            "tqstack_router_client_running", "Requests under way, by key", labels=("client",)
+        )
+        requests = CounterMetricFamily(
+            "tqstack_router_client_requests",
+            "Requests by key, those that its limits refused too",
+            labels=("client", "outcome"),
+        )
+        tokens = CounterMetricFamily(
+            "tqstack_router_client_tokens", "Tokens by key", labels=("client", "type")
+        )
+        for name, use in self._clients.report().items():
+            running.add_metric((name,), use["running"])
+            requests.add_metric((name, "taken"), use["requests"])
+            requests.add_metric((name, "refused"), use["refused"])
+            for kind in ("prompt", "cached", "output"):
+                tokens.add_metric((name, kind), use[f"{kind}_tokens"])
+        return running, requests, tokens

@@ -36,13 +36,20 @@ def boundaries(model: str, request: dict[str, Any]) -> list[Boundary]:
     tools = orjson.dumps(request["tools"]) if request.get("tools") else b""
     key, size, found = hash((model, tools)), len(tools), []
     for message in messages:
-        content = message.get("content")
-        if not isinstance(content, str) or not message.keys() <= _PLAIN:
-            content = orjson.dumps(message, option=orjson.OPT_SORT_KEYS)
-        key = hash((key, message.get("role"), content))
-        size += len(content)
+        text = _text(message)
+        key = hash((key, *text))
+        size += len(text[-1])
         found.append(Boundary(key, size))
     return found
+
+
+def _text(message: Any) -> tuple[str | bytes, ...]:
+    """What makes a message what it is; of a plain one, without writing it anew."""
+    if isinstance(message, dict) and message.keys() == _PLAIN:
+        role, content = message["role"], message["content"]
+        if isinstance(role, str) and isinstance(content, str):
+            return role, content
+    return (orjson.dumps(message, option=orjson.OPT_SORT_KEYS),)
 
 
 class Prefixes:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from tqstack.openai_api.schema import Passing
 from tqstack.router.backends.roster import Roster
+from tqstack.router.clients import Clients
 from tqstack.router.dialects import Dialect
 from tqstack.router.estimate import Estimator
 from tqstack.router.exact import ExactCounter
@@ -30,6 +31,7 @@ class Services:
     counter: ExactCounter
     prefixes: Prefixes
     slots: Slots
+    clients: Clients
     journal: Journal
     metrics: Metrics
 

@@ -8,7 +8,9 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from tqstack.openai_api.errors import ApiError
+from tqstack.openai_api.guard import CLIENT
 from tqstack.router.catalog import find_model, list_models
+from tqstack.router.keys import OWNER
 from tqstack.router.policy import measure_of_length, threshold_for
 from tqstack.router.reload import reload as read_backends
 from tqstack.router.services import Services
@@ -55,6 +57,7 @@ async def status(request: Request) -> Response:
     return JSONResponse(
         {
             **_summary(services),
+            "clients": services.clients.report(),
             "requests": [record.as_dict() for record in journal.running.values()],
             "recent": [record.as_dict() for record in reversed(journal.recent)],
         }
@@ -62,7 +65,9 @@ async def status(request: Request) -> Response:
 
 
 async def reload(request: Request) -> Response:
-    """Reads the file of backends again."""
+    """Reads the file of backends again: for the owner, not for clients with keys of their own."""
+    if request.scope[CLIENT] not in ("", OWNER):
+        raise ApiError(403, "only TQSTACK_API_KEY may do this", code="forbidden")
     try:
         change = read_backends(_services(request))
     except SettingsError as error:
