@@ -5,4 +5,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec "${PYTHON:-.venv/bin/python}" -m pytest -q -rs --no-header tests/router/test_clients.py \
-  tests/router/test_real_ollama.py "$@"
+  tests/router/test_real_ollama.py tests/router/test_ollama_beyond_chat.py "$@"

@@ -17,7 +17,7 @@ HELLO = [{"role": "user", "content": "hello"}]
         ({"messages": ["hello"]}, "messages.0"),
         ({"messages": [{"content": "no role"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0"),
-        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content.str"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
         ({"messages": HELLO, "max_tokens": -1}, "max_tokens"),
         ({"messages": HELLO, "max_tokens": "5"}, "max_tokens"),
         ({"messages": HELLO, "temperature": "hot"}, "temperature"),

@@ -39,8 +39,12 @@ TEMPLATE = """
 _CONTROL, _OWN, _USUAL = 3, 4, 1  # kinds of tokens
 
 
-def write(path: Path) -> None:
-    """The model as a GGUF file (version 3: head, facts, tensors' names and places, tensors)."""
+def write(path: Path, embeds: bool = False) -> None:
+    """The model as a GGUF file (version 3: head, facts, tensors' names and places, tensors).
+
+    Args:
+        embeds: it says of itself that it is for embeddings: the mean over the tokens.
+    """
     words = list(dict.fromkeys(word for line in LINES for word in line))
     tokens = [*_letters(), "<|start|>", *words]
     places = {word: place for place, word in enumerate(tokens)}
@@ -69,6 +73,8 @@ def write(path: Path) -> None:
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": TEMPLATE,
     }
+    if embeds:
+        facts["llama.pooling_type"] = 1
     empty = {"attn_q": WIDTH, "attn_k": WIDTH, "attn_v": WIDTH, "attn_output": WIDTH}
     empty |= {"ffn_gate": INNER, "ffn_up": INNER}
     tensors = {

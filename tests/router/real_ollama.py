@@ -48,12 +48,20 @@ def program() -> str | None:
 
 
 @contextmanager
-def real_ollama(home: Path) -> Iterator[Ollama]:
-    """With the models `puppet`, which has a template for tools and reasoning, and `own`."""
+def real_ollama(home: Path, remotes: str = "") -> Iterator[Ollama]:
+    """With the models `puppet`, which has a template for tools and reasoning, `own`, and `vectors`
+    for embeddings.
+
+    Args:
+        remotes: hosts where its cloud models may be; empty: it has none.
+    """
     ollama, url = program(), f"http://127.0.0.1:{free_port()}"
     assert ollama, NOT_HERE
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "OLLAMA_HOST": url[7:]}
     environment |= {"OLLAMA_MODELS": str(home / "models"), "OLLAMA_NO_CLOUD": "1"}
+    if remotes:  # and nowhere else
+        environment |= {"OLLAMA_NO_CLOUD": "0", "OLLAMA_REMOTES": remotes}
+        environment |= {"HTTPS_PROXY": "http://127.0.0.1:1", "NO_PROXY": "127.0.0.1"}
     environment["OLLAMA_CONTEXT_LENGTH"] = str(GIVEN)  # else by the machine's memory
     log = home / "ollama.log"
     with log.open("wb") as output:
@@ -67,7 +75,9 @@ def real_ollama(home: Path) -> Iterator[Ollama]:
     try:
         wait_for(f"{url}/api/version", log)
         puppet.write(home / "puppet.gguf")
-        for name, text in (("puppet", f"FROM {home / 'puppet.gguf'}\n"), ("own", OWN_TEMPLATE)):
+        puppet.write(home / "vectors.gguf", embeds=True)
+        models = {name: f"FROM {home / name}.gguf\n" for name in ("puppet", "vectors")}
+        for name, text in {**models, "own": OWN_TEMPLATE}.items():
             (home / "Modelfile").write_text(text)
             make = [ollama, "create", name, "-f", str(home / "Modelfile")]
             subprocess.run(make, env=environment, check=True, capture_output=True, timeout=120)

@@ -62,3 +62,33 @@ def test_a_prompt_that_ollama_s_own_server_finds_too_long_goes_to_the_sidecar():
             "context_length_exceeded",
             said,
         )
+
+
+@pytest.mark.parametrize(
+    "status, said, told",
+    [
+        (500, "image input is not supported - hint: provide the mmproj", "vision"),
+        (
+            400,
+            "Multimodal data provided, but model does not support multimodal",
+            "vision",
+        ),
+        (
+            501,
+            "This server does not support embeddings. Start it with",
+            "pull nomic",
+        ),
+        (400, "invalid input type", "send texts"),
+        (401, "unauthorized", "ollama signin"),
+    ],
+)
+def test_what_a_model_cannot_do_is_told_with_what_to_do_and_is_no_illness(status, said, told):
+    with Stack(sidecar_enabled="0") as stack:
+        inner = json.dumps({"error": {"code": status, "message": said}})
+        stack.ollama.script = answers(status, json.dumps({"error": {"message": inner}}).encode())
+        for _ in range(4):
+            response = stack.chat()
+            assert response.status_code == (502 if status == 401 else 400)
+            assert told in response.json()["error"]["message"]
+        stack.ollama.script = says("fine")
+        assert stack.http.get("/health").json()["backends"]["ollama"]["state"] == "up"

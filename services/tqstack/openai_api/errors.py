@@ -67,11 +67,14 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+_BRANCHES = frozenset({"str", "constrained-str", "int", "constrained-int", "float", "bool", "dict"})
+
+
 def from_validation(error: ValidationError) -> ApiError:
     """The first problem of a pydantic error as a 400, the field named as in the request."""
     problem = error.errors()[0]
     # Union branches append their own names; those are not fields of the request.
-    path = [str(part) for part in problem["loc"] if "[" not in str(part)]
+    path = [part for part in map(str, problem["loc"]) if "[" not in part and part not in _BRANCHES]
     param = ".".join(path) or None
     message = problem["msg"].removeprefix("Value error, ")
     return bad_request(f"{param}: {message}" if param else message, param)

@@ -22,6 +22,28 @@ _REFUSALS = {
     "queue_full": 429,
 }
 
+# What Ollama says, as llama-server's words or its own, where a model cannot do what is asked: what
+# it means and what to do, and the field.
+_UNABLE = (
+    (
+        ("image input is not supported", "does not support multimodal", "required for image input"),
+        "the model reads no images; name one that does (`ollama show MODEL` lists `vision`)",
+        "messages",
+    ),
+    (
+        ("does not support embeddings",),
+        "the model makes no embeddings; name one that does, such as nomic-embed-text (`ollama "
+        "pull nomic-embed-text`)",
+        "model",
+    ),
+    (
+        ("invalid input type",),
+        "it embeds texts and no tokens; send texts (in LangChain: "
+        "check_embedding_ctx_length=False)",
+        "input",
+    ),
+)
+
 
 class Failure(Exception):
     """A backend failed a request.
@@ -62,13 +84,18 @@ def too_long(backend: str, model: str, context: int) -> Failure:
 def refusal(backend: str, status: int, headers: Mapping[str, str], body: bytes) -> Failure:
     """A failure from an answer with an error status."""
     error, retry_after = _envelope(backend, status, body), headers.get("retry-after")
+    said = error.message.lower()
+    for words, means, param in _UNABLE:
+        if any(word in said for word in words):
+            error = ApiError(400, f"{backend}: {means}", param=param, code="unsupported_value")
+            return Failure(f"status-{status}", error, sick=False)
     error.retry = headers.get("x-should-retry") != "false"
     if retry_after and retry_after.isdigit():
         error.retry_after = int(retry_after)
     too_long = error.code == "context_length_exceeded"
     ours = status not in _CLIENTS_FAULT
-    # A backend that is loading, full or rate limited is not ill.
-    sick = status >= 500 and not (status == 503 and error.code)
+    # A backend that is loading, full or rate limited is not ill, nor one that has no such thing.
+    sick = status >= 500 and status != 501 and not (status == 503 and error.code)
     return Failure(f"status-{status}", error, elsewhere=ours or too_long, sick=sick)
 
 
@@ -107,6 +134,9 @@ def _innermost(value: Any) -> Any:
 def _from_value(backend: str, status: int, value: Any) -> ApiError:
     # A backend's own credentials and paths are none of the client's: a 401 here is our setting.
     client_status = 502 if status in (401, 403, 407) or status < 400 else status
+    if status == 401:
+        value = f"{backend} asks for a key, or for `ollama signin` where its model is in the cloud"
+        return ApiError(client_status, value, code="backend_unauthorized")
     if isinstance(value, dict) and isinstance(value.get("message"), str):
         code, param = value.get("code"), value.get("param")
         if value.get("type") == _TOO_LONG:
