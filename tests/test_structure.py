@@ -32,7 +32,8 @@ ALLOWED = {
         "weights",
     },
     "engine": {"attention", "models"},
-    "sidecar": {"engine", "machine", "models", "openai_api", "settings"},
+    "ranks": {"engine", "machine", "models", "settings"},
+    "sidecar": {"engine", "machine", "models", "openai_api", "ranks", "settings"},
     "router": {"openai_api", "settings"},
     "service": {"machine", "settings"},
 }

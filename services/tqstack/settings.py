@@ -132,6 +132,16 @@ class Settings(BaseSettings):
         description="before loading, ask Ollama to give back its models' memory; "
         "auto: if both do not fit",
     )
+    sidecar_ranks: Annotated[int, Field(ge=1, le=64)] = Field(
+        1,
+        description="processes that divide the sidecar's model between the devices of this "
+        "machine, experimental; 1: none does",
+    )
+    sidecar_hosts: str = Field(
+        "",
+        description="hosts.json of mlx.distributed_config: machines that divide the sidecar's "
+        "model, this one first, experimental; empty: none do",
+    )
     tqstack_api_key: str = Field("", description="key that clients must send; empty: none")
     tqstack_log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="how much is logged"
@@ -190,6 +200,27 @@ class Settings(BaseSettings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _ranks_have_one_place_and_stay(self) -> Settings:
+        if self.sidecar_ranks > 1 and self.sidecar_hosts:
+            raise ValueError(
+                f"SIDECAR_RANKS={self.sidecar_ranks} is for ranks on this machine and "
+                f"SIDECAR_HOSTS={self.sidecar_hosts!r} for several: set one of them"
+            )
+        if self.divides_model and (
+            self.sidecar_lazy_load == "1" or self.sidecar_idle_unload_seconds
+        ):
+            raise ValueError(
+                "SIDECAR_LAZY_LOAD=1 and SIDECAR_IDLE_UNLOAD_SECONDS are for a model on one "
+                "device: unset them, or SIDECAR_RANKS and SIDECAR_HOSTS"
+            )
+        return self
+
+    @property
+    def divides_model(self) -> bool:
+        """Whether the sidecar is several processes."""
+        return self.sidecar_ranks > 1 or bool(self.sidecar_hosts)
+
     @cached_property
     def model_name(self) -> str:
         """The sidecar's model, with `auto` resolved: the demo wherever there is no accelerator."""
@@ -208,6 +239,8 @@ class Settings(BaseSettings):
     def loads_lazily(self) -> bool:
         if self.sidecar_lazy_load != "auto":
             return self.sidecar_lazy_load == "1"
+        if self.divides_model:
+            return False
         small = accelerator() == "metal" and machine_memory() <= SMALL_MEMORY
         return small and self.model_name != "demo"
 

@@ -19,7 +19,8 @@ from tqstack.engine.disk import DiskStore
 from tqstack.engine.grammar import Grammar
 from tqstack.engine.jobs import Job, Removed
 from tqstack.engine.sampling import GREEDY, Sampling
-from tqstack.engine.worker import MEASURED_CHUNK, Worker
+from tqstack.engine.wishes import MEASURED_CHUNK
+from tqstack.engine.worker import Worker
 from tqstack.models.drafts import NONE
 
 LIVE = settings(

@@ -252,6 +252,7 @@ def _load(candidate: Candidate) -> tuple[nn.Module, Stored, int]:
     size, nbytes = _quantize(model, candidate.affine_bits, _dtype(tensors))
     if this_machine().expands_weights:
         expand(model)
+        mx.eval(model.parameters())
     adapt(model)
     return model, size, nbytes
 

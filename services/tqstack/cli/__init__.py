@@ -15,6 +15,7 @@ from tqstack.cli.generate import compare, generate
 from tqstack.cli.key import app as key
 from tqstack.cli.model import app as model
 from tqstack.cli.plan import plan
+from tqstack.cli.rank import rank
 from tqstack.cli.router import router
 from tqstack.cli.service import app as service
 from tqstack.cli.sidecar import sidecar
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for command in (up, router, sidecar, generate, compare, convert, evaluate, top, doctor, plan):
     app.command()(command)
+app.command(hidden=True)(rank)
 bench.command("router")(bench_router)
 bench.command("serving")(bench_serving)
 bench.command("agent")(bench_agent)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 from tqstack.cli.common import console, fail, preload_openblas, settings, start_logging
-from tqstack.settings import Settings
+from tqstack.settings import Settings, SettingsError
 
 KEEP_ALIVE_SECONDS = 120  # above the idle time of the router's pooled connections
 DRAIN_SECONDS = 5
@@ -19,12 +20,28 @@ def sidecar() -> None:
     console.print(
         f"tqstack sidecar: {config.model_name} at {config.sidecar_url}/v1", highlight=False
     )
+    if config.divides_model:
+        raise SystemExit(_supervise(config))
     if error := serve(config):
         fail(f"the sidecar cannot serve {config.model_name}: {error}")
 
 
-def serve(config: Settings) -> Exception | None:
-    """Run until a signal comes, or until the model turns out not to load: then its error."""
+def _supervise(config: Settings) -> int:
+    """Run several ranks; the exit code of them."""
+    from tqstack.ranks.supervisor import Supervisor
+
+    try:
+        return Supervisor(config).run()
+    except (SettingsError, OSError) as error:
+        fail(f"the ranks of the sidecar cannot be started: {error}")
+
+
+def serve(config: Settings, group: Any = None) -> Exception | None:
+    """Run until a signal comes, or until the model turns out not to load: then its error.
+
+    Args:
+        group: of ranks, of which this is rank 0.
+    """
     import uvicorn
 
     from tqstack.attention.dispatch import NotCompressedError
@@ -37,7 +54,7 @@ def serve(config: Settings) -> Exception | None:
         server.should_exit = True
 
     try:
-        app = create_app(config, on_failure=give_up)
+        app = create_app(config, on_failure=give_up, group=group)
     except (ValueError, NotCompressedError) as error:
         return error
     server = uvicorn.Server(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from tqstack.engine import caches, saved
+from tqstack.engine.agreement import ALONE, Agreement
 from tqstack.engine.caches import Cache
-from tqstack.engine.disk import DiskStore, File
+from tqstack.engine.disk import MOST_IN_FLIGHT, DiskStore, File
 from tqstack.engine.places import APART
 from tqstack.engine.prefix import Node, Tokens
 from tqstack.engine.store import Checkpoint, PrefixStore
@@ -49,36 +50,56 @@ class Prefixes:
     Args:
         new_cache: an empty cache of one sequence.
         disk: None: there is no disk tier.
+        ranks: each has files of its own, which all must have for one to be used.
     """
 
-    def __init__(self, store: PrefixStore, new_cache: Callable[[], Cache], disk: DiskStore | None):
-        self.store, self._new_cache, self.disk = store, new_cache, disk
+    def __init__(
+        self,
+        store: PrefixStore,
+        new_cache: Callable[[], Cache],
+        disk: DiskStore | None,
+        ranks: Agreement = ALONE,
+    ):
+        self.store, self._new_cache, self.disk, self._ranks = store, new_cache, disk, ranks
         self.misses: Counter[str] = Counter()
+
+    @property
+    def in_flight(self) -> int:
+        """Bytes on their way to the disk; of ranks, whose disks differ, as many as there may be."""
+        if self.disk is None:
+            return 0
+        return MOST_IN_FLIGHT if self._ranks.many else self.disk.in_flight
 
     # -- going on ----------------------------------------------------------------------------
 
     def find(self, tokens: Tokens) -> Source:
         match = self.store.match(tokens)
-        files = tuple(self.disk.longest(tokens)) if self.disk is not None else ()
+        files = self._files(tokens)
         if files and files[-1].length >= match.usable + WORTH_READING:
             return Source(max(match.known, files[-1].length), files=files)
         return Source(match.known, match.node, evicted=match.evicted)
+
+    def _files(self, tokens: Tokens) -> tuple[File, ...]:
+        if self.disk is None:
+            return ()
+        told = self._ranks.word([astuple(file) for file in self.disk.longest(tokens)])
+        return tuple(File(*fields) for fields in told)
 
     def open(self, source: Source) -> tuple[Cache, int]:
         """The cache to go on with, and how many of the tokens it holds."""
         files = source.files
         while files and self.disk is not None:
             cache = self._new_cache()
-            bad = self._read(cache, files)
-            if bad is None:
+            good = self._ranks.least(self._read(cache, files))
+            if good == len(files):
                 return cache, files[-1].length
-            files = files[:bad]
+            files = files[:good]
         if source.node is not None:
             return self.store.use(source.node), source.node.end
         return self._new_cache(), 0
 
-    def _read(self, cache: Cache, files: tuple[File, ...]) -> int | None:
-        """Fill a cache from a chain of files. Returns which of them is no good, or None."""
+    def _read(self, cache: Cache, files: tuple[File, ...]) -> int:
+        """Fill a cache from a chain of files. Returns how many of them are good."""
         assert self.disk is not None
         for i, file in enumerate(files):
             content = self.disk.read(file)
@@ -90,7 +111,7 @@ class Prefixes:
                 self.disk.reject(file, str(error))
                 return i
             caches.settle(cache)
-        return None
+        return len(files)
 
     def account(self, source: Source, tokens: int, used: int, job: int) -> None:
         """Count, and tell the log, why a prompt's beginning must be read."""
@@ -119,22 +140,25 @@ class Prefixes:
         checkpoint: Any = node.checkpoint
         if self.disk is None or checkpoint.on_disk:
             return self.disk is not None
-        tokens = self.store.tokens(node)
-        name = self.disk.name(tokens)
-        if name not in self.disk:
-            chain = self.disk.longest(tokens)
-            first = chain[-1].packed if chain else 0
-            file = File(
-                name=name,
-                length=len(tokens),
-                parent=chain[-1].name if chain else "",
-                first=first,
-                packed=saved.packed_blocks(checkpoint.cache),
-            )
-            if not self.disk.write(file, *saved.to_arrays(checkpoint.cache, first)):
+        told = self._ranks.word(self._new_file(node, self.disk))
+        if told is not None:
+            file = File(*told)
+            taken = self.disk.write(file, *saved.to_arrays(checkpoint.cache, file.first))
+            if not self._ranks.word(taken):
                 return False
         checkpoint.on_disk = True
         return True
+
+    def _new_file(self, node: Node, disk: DiskStore) -> tuple[Any, ...] | None:
+        """Fields of the file that a checkpoint is written to; None: it is there."""
+        tokens = self.store.tokens(node)
+        name = disk.name(tokens)
+        if name in disk:
+            return None
+        chain = disk.longest(tokens)
+        parent, first = (chain[-1].name, chain[-1].packed) if chain else ("", 0)
+        packed = saved.packed_blocks(node.checkpoint.cache)
+        return astuple(File(name, len(tokens), parent, first, packed))
 
     def bytes_to_write(self, node: Node) -> int:
         """Bytes of a checkpoint's copy on its way to the disk, at most."""

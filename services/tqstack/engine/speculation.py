@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from tqstack.engine.agreement import ALONE, Agreement
 from tqstack.engine.depth import Chance, StepTimes, Wish, depth
 from tqstack.engine.lookup import Lookup
 from tqstack.models.drafts import MOST, Drafts
@@ -73,10 +74,11 @@ class Speculation:
 
     Args:
         drafts: what the model can have drafted.
+        ranks: draft alike, so by the times of one of them.
     """
 
-    def __init__(self, drafts: Drafts):
-        self.drafts = drafts
+    def __init__(self, drafts: Drafts, ranks: Agreement = ALONE):
+        self.drafts, self._ranks = drafts, ranks
         self.times = StepTimes(drafts.step_seconds or (1.0,))
         self.counts: Counter[str] = Counter()
         self._last: tuple[float, int] | None = None  # when a step ended, and its tokens
@@ -99,7 +101,8 @@ class Speculation:
         of its kind ended just before: others leave the device work, or none."""
         now = time.perf_counter()
         if self._last is not None and (self._last[1] > 1) == (tokens > 1):
-            self.times.observe(sequences, tokens, now - self._last[0])
+            seconds = self._ranks.word(now - self._last[0])
+            self.times.observe(sequences, tokens, seconds)
         self._last = now, tokens
         self.counts["verify_steps" if tokens > 1 else "plain_steps"] += 1
 

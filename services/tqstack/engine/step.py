@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from tqstack.engine import caches, logprobs
+from tqstack.engine.agreement import ALONE, Agreement
 from tqstack.engine.caches import Cache
 from tqstack.engine.depth import Chance, Wish
 from tqstack.engine.drawing import Drawer, Mark
@@ -95,11 +96,11 @@ NO_WISH = Wish(Chance(), 0)
 class Model:
     """The model, and the batch of sequences that decode."""
 
-    def __init__(self, model: nn.Module, drafts: Drafts = NONE):
-        self._model = model
+    def __init__(self, model: nn.Module, drafts: Drafts = NONE, ranks: Agreement = ALONE):
+        self._model, self._ranks = model, ranks
         self.batch: list[Running] = []
         self.cache: Cache = []  # of the batch: merged, unless it is one sequence
-        self.speculation = Speculation(drafts)
+        self.speculation = Speculation(drafts, ranks)
         self._next: mx.array | None = None  # (B,) tokens to feed next
         self._told: Told = NOTHING_TOLD  # of those
 
@@ -159,7 +160,7 @@ class Model:
         fed, told, self._next = self._next, self._told, None
         assert fed is not None
         logits = self._model(fed[:, None], cache=self.cache)[:, -1]
-        self._next = self._draw(logits, fed)
+        self._next = self._ranks.drawn(self._draw(logits, fed))
         self._told = self._tell(logits[:, None], self._next[:, None])
         measured = self._told.measured
         mx.async_eval(self._next, *(measured.arrays if measured else ()))
@@ -213,6 +214,7 @@ class Model:
         given = verification.revocable(self.cache, counts)
         logits = self._model(fed, cache=given)  # (B, 1 + most drafts, vocabulary)
         drawn, marks = self._draw_behind(logits, fed, counts)
+        drawn = self._ranks.drawn(drawn)
         ahead = self._tell(logits, drawn)
         mx.eval(drawn, *(ahead.measured.arrays if ahead.measured else ()))
         found: list[list[int]] = drawn.tolist()  # pyright: ignore

@@ -15,7 +15,8 @@ import numpy as np
 
 from tqstack.attention.pool import Pool
 from tqstack.engine import caches
-from tqstack.engine.budget import Budget, Costs, Wish
+from tqstack.engine.agreement import ALONE, Agreement
+from tqstack.engine.budget import Budget, Costs
 from tqstack.engine.disk import DiskStore
 from tqstack.engine.drawing import Drawer
 from tqstack.engine.forks import Fork
@@ -28,11 +29,11 @@ from tqstack.engine.prefixes import NOTHING, Prefixes, Source
 from tqstack.engine.scheduler import Admission, Scheduler, Waiter
 from tqstack.engine.step import Model, Running
 from tqstack.engine.store import PrefixStore
+from tqstack.engine.wishes import MEASURED_CHUNK, refusal, wish_of
 from tqstack.models.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-MEASURED_CHUNK = 32  # tokens whose logits are computed at once: a large vocabulary's take 1 MB each
 MEASURE_SECONDS = 0.5  # between two looks at what is held, while jobs run
 TOTALS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
 
@@ -43,6 +44,7 @@ class Worker:
         queue: most jobs that wait.
         gap: seconds that reading a prompt may keep other streams waiting.
         disk: where prefixes outlive this worker; None: nowhere.
+        ranks: the other workers of this model, if it is divided.
     """
 
     def __init__(
@@ -51,25 +53,26 @@ class Worker:
         queue: int = 64,
         gap: float = 1.0,
         disk: DiskStore | None = None,
+        ranks: Agreement = ALONE,
     ):
-        self.runtime = runtime
+        self.runtime, self._ranks = runtime, ranks
         self.totals: Counter[str] = Counter()
         self.grammars = Grammars(runtime.tokenizer, runtime.end_tokens)
         self.resting = disk is not None  # there may be something to write while nobody waits
         self.last_token_at: float | None = None
         self.last_step_at: float | None = None  # tokens, or a piece of a prompt
         self._tracked: dict[int, Tracked] = {}
-        self._model = Model(runtime.model, runtime.drafts)
+        self._model = Model(runtime.model, runtime.drafts, ranks)
         self._pool = self._new_pool()
         store = PrefixStore(self._pool, runtime.prefix_cache_bytes, self._give_up)
-        self._prefixes = Prefixes(store, self._new_cache, disk)
+        self._prefixes = Prefixes(store, self._new_cache, disk, ranks)
         self._budget = Budget(
             self._costs(),
             runtime.prefill_step,
             self._pool,
             store,
             self._blocks_held,
-            lambda: disk.in_flight if disk is not None else 0,
+            lambda: self._prefixes.in_flight,
         )
         self._scheduler = Scheduler(self, runtime.batch_size, queue, gap)
         self._meter = Meter(runtime.plan, self._model, self._pool, self._budget, self._prefixes)
@@ -124,8 +127,8 @@ class Worker:
         first: int | None = None
         for job, tracked in [(tracked.job, tracked) for tracked in taken]:
             waiter = Waiter(job.id, job.prompt_tokens - 1, self._found(tracked).usable, after=first)
-            if refusal := self._scheduler.submit(waiter):
-                self._fail([tracked], self._refusal(job, refusal))
+            if why := self._scheduler.submit(waiter):
+                self._fail([tracked], refusal(job, why, self._scheduler.waits, self._budget))
             elif first is None:
                 first = job.id
 
@@ -168,17 +171,6 @@ class Worker:
         self._model.clear()
         self._prefixes.close()
 
-    def _refusal(self, job: Job, code: str) -> JobError:
-        if code == "queue_full":
-            return JobError(code, f"{self._scheduler.waits} requests wait already; try again later")
-        longest = self._budget.longest(_wish(job).measured)
-        return JobError(
-            code,
-            f"{job.prompt_tokens} prompt tokens and up to {job.max_tokens} more do not fit in "
-            f"memory; {longest} tokens in all would. Shorten the prompt, set fewer TQ_KV_BITS, or "
-            "more SIDECAR_MEMORY_MB",
-        )
-
     def _fail(self, gone: list[Tracked], error: JobError) -> None:
         self._forget(gone)
         for tracked in gone:
@@ -203,7 +195,8 @@ class Worker:
         step = self._scheduler.next()
         for job in step.refused:
             tracked = self._tracked[job]
-            self._fail([tracked], self._refusal(tracked.job, "insufficient_memory"))
+            why = refusal(tracked.job, "insufficient_memory", self._scheduler.waits, self._budget)
+            self._fail([tracked], why)
         if step.read:
             self._read(self._tracked[step.read[0]], step.read[1])
         if step.decode:
@@ -223,10 +216,12 @@ class Worker:
             told = self._model.read(running, count) if count else ()
         except Exception as error:
             log.exception("reading a prompt failed")
+            self._ranks.failed(error)
             self._fail([tracked], JobError("engine_error", f"reading the prompt failed: {error}"))
             return
         self.last_step_at = time.time()
-        waiter = self._scheduler.was_read(tracked.job.id, count, time.perf_counter() - began)
+        seconds = self._ranks.word(time.perf_counter() - began)
+        waiter = self._scheduler.was_read(tracked.job.id, count, seconds)
         if len(running.tokens) in waiter.stops:
             self._keep(tracked)
         if told:
@@ -246,12 +241,13 @@ class Worker:
             made = self._model.decode()
         except Exception as error:
             log.exception("a step of the batch failed")
+            self._ranks.failed(error)
             self._model.clear()
             failure = JobError("engine_error", f"generation failed: {error}")
             self._fail(list(batch.values()), failure)
             return
         now, self.last_step_at = time.perf_counter(), time.time()
-        self._scheduler.decoded(now - began)
+        self._scheduler.decoded(self._ranks.word(now - began))
         ended: list[tuple[Tracked, Token]] = []
         for one in made:
             tracked, self.last_token_at = batch[one.running], self.last_step_at
@@ -278,19 +274,19 @@ class Worker:
     # -- room: what the scheduler asks -----------------------------------------------------------
 
     def alone(self, job: int) -> bool:
-        return self._budget.alone(_wish(self._tracked[job].job)) > 0
+        return self._budget.alone(wish_of(self._tracked[job].job)) > 0
 
     def admit(self, job: int) -> Admission | None:
         tracked = self._tracked[job]
         if (fork := tracked.fork) and fork.ready:
-            wish = replace(_wish(tracked.job), shared=fork.blocks)
+            wish = replace(wish_of(tracked.job), shared=fork.blocks)
             if chunk := self._budget.admit(job, wish, self._wanted()):
                 return self._begin(tracked, NOTHING, chunk)
             if self._scheduler.runs:
                 return None
             fork.drop()  # it takes the last room
         for source, kept in self._choices(self._found(tracked)):
-            wish = replace(_wish(tracked.job), node=source.node)
+            wish = replace(wish_of(tracked.job), node=source.node)
             if chunk := self._budget.admit(job, wish, kept):
                 return self._begin(tracked, source, chunk)
         return None
@@ -386,6 +382,10 @@ class Worker:
             "last_step_at": self.last_step_at,
         }
 
+    def books(self) -> tuple[int, int]:
+        """Blocks in use, and bytes that are held or promised; the same in all ranks."""
+        return self._pool.blocks_used if self._pool else 0, self._budget.committed
+
     def memory(self) -> dict[str, Any]:
         """Bytes of the budget and its parts, now; in the engine's thread alone."""
         return self._meter.memory(self._tracked.values())
@@ -393,8 +393,3 @@ class Worker:
     def _measure(self) -> None:
         self._measured_at = time.monotonic()
         self._measured = self._meter.measure(self._tracked.values())
-
-
-def _wish(job: Job) -> Wish:
-    """What a job needs by itself."""
-    return Wish(job.longest, measured=0 if job.prompt_logprobs is None else MEASURED_CHUNK)

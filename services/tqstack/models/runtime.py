@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -26,6 +27,16 @@ from tqstack.models.plan import Machine, Plan, logits_bytes, prefill_workspace
 from tqstack.models.planning import Facts
 from tqstack.models.search_cost import affords
 from tqstack.models.spec import ModelSpec
+from tqstack.models.split import (
+    NotSplitError,
+    Part,
+    common_plan,
+    divided,
+    joined,
+    same,
+    slowest,
+    whole_layers,
+)
 from tqstack.settings import Settings, SettingsError
 from tqstack.turboquant.kv_codecs import KVCodecs
 
@@ -43,6 +54,7 @@ class Runtime(Facts):
         prefix_cache_bytes: of prompts that are kept for their next turn.
         fingerprint: the same where the same tokens lead to the same cache.
         drafts: what can be drafted.
+        part: of the model that this process has; None: all of it.
     """
 
     plan: Plan
@@ -54,6 +66,7 @@ class Runtime(Facts):
     prefix_cache_bytes: int
     fingerprint: str
     drafts: Drafts = NONE
+    part: Part | None = None
 
     @property
     def codecs(self) -> KVCodecs | None:
@@ -100,22 +113,39 @@ class Runtime(Facts):
         return max(0, logits_bytes(vocabulary, drawn * each, measured) - one)
 
 
-def load_runtime(settings: Settings) -> Runtime:
+def load_runtime(settings: Settings, group: mx.distributed.Group | None = None) -> Runtime:
     """Load the model, prove that its cache is compressed, and measure what that cache holds.
 
+    Args:
+        group: of ranks that divide the model; each loads its part, at the same time.
+
     Raises:
-        ModelNotFoundError, NotCompressedError, SettingsError: the sidecar cannot serve; the message
-            says why and what to do.
+        ModelNotFoundError, NotCompressedError, NotSplitError, SettingsError: the sidecar cannot
+            serve; the message says why and what to do.
     """
     cache, machine = read_cache_spec(settings), this_machine(settings.sidecar_memory_mb)
-    spec, model, tokenizer = load_model(settings.model_name, cache)
-    cache = _closest(settings, cache, model, machine.prefill_step)
+    spec, model, tokenizer, part = load_model(settings.model_name, cache, group=group)
+    if group is None:
+        cache = _closest(settings, cache, model, machine.prefill_step)
+    found = fingerprint(spec, cache, machine, part)
+    spec = divided(spec, part) if part else spec
     drafts = _drafts(settings, cache, model)
     plan, compressed = measure(spec, model, cache, machine, drafts.tokens)
+    kinds = layer_kinds(cache.make(model))
+    if group is not None and part is not None:
+        if not same(group, fingerprint(spec, cache, machine, part, times=False)):
+            raise NotSplitError(
+                f"the ranks do not have the same files of {spec.id}, the same settings and the "
+                "same MLX: copy the model to all hosts, and see tqstack doctor"
+            )
+        found = joined(group, found)
+        plan = common_plan(plan, group)
+        drafts = replace(drafts, step_seconds=slowest(group, drafts.step_seconds))
+        kinds, compressed = whole_layers(part, kinds, compressed)
     if cache.native:
         log.info("mlx-lm's quantized cache cannot be batched: requests are served one by one")
     return Runtime(
-        spec=replace(spec, layers=layer_kinds(cache.make(model))),
+        spec=replace(spec, layers=kinds),
         cache=cache,
         plan=plan,
         compressed_layers=compressed,
@@ -125,8 +155,9 @@ def load_runtime(settings: Settings) -> Runtime:
         batch_size=1 if cache.native else settings.sidecar_max_batch,
         default_max_tokens=settings.sidecar_max_tokens,
         prefix_cache_bytes=settings.sidecar_prefix_cache_mb << 20,
-        fingerprint=fingerprint(spec, cache, machine),
+        fingerprint=found,
         drafts=drafts,
+        part=part,
     )
 
 
@@ -148,13 +179,26 @@ def _drafts(settings: Settings, cache: CacheSpec, model: nn.Module) -> Drafts:
     return Drafts(mode, ("lookup",), None, seconds)
 
 
-def fingerprint(spec: ModelSpec, cache: CacheSpec, machine: Machine) -> str:
+def fingerprint(
+    spec: ModelSpec,
+    cache: CacheSpec,
+    machine: Machine,
+    part: Part | None = None,
+    times: bool = True,
+) -> str:
     """What makes a cache's numbers: the model's files, the codecs with their seeds, the type that
-    is computed in, and the version of MLX."""
+    is computed in, the version of MLX, and how the model is divided.
+
+    Args:
+        times: when the files were written counts, too; copies on other machines differ in that.
+    """
     files = sorted(Path(spec.path).glob("*.safetensors")) if spec.path else []
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    weights = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns if times else 0) for file in files
+    ]
     config = json.dumps(spec.config, sort_keys=True, default=str)
-    what = (spec.id, config, weights, cache, machine.value_bytes, version("mlx"))
+    parts = (part.how, part.ranks) if part else ()
+    what = (spec.id, config, weights, cache, machine.value_bytes, version("mlx"), *parts)
     return hashlib.blake2b(repr(what).encode(), digest_size=16).hexdigest()
 
 

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from tqstack.engine.engine import Engine
 from tqstack.engine.jobs import JobError, Progress
+from tqstack.engine.worker import Worker
 from tqstack.models.runtime import Runtime
 from tqstack.models.spec import resolve
 from tqstack.openai_api import sse
@@ -33,6 +34,8 @@ from tqstack.openai_api.schema import (
     parse_json,
     validate,
 )
+from tqstack.ranks.group import Group
+from tqstack.ranks.leader import Leader
 from tqstack.settings import Settings
 from tqstack.sidecar.answers import Answer, Usage
 from tqstack.sidecar.generation import Finish, Generation, as_api_error, make_generations
@@ -136,6 +139,8 @@ class Sidecar:
         status = "error" if engine.error else "ok" if facts else "loading"
         body: dict[str, Any] = {"status": status, **engine.status()}
         body["lifecycle"]["freed_by_ollama"] = self._loader.freed
+        if self._loader.group is not None:
+            body["ranks"] = self._loader.group.status()
         if engine.error:
             body["error"] = engine.error
         body["model"] = facts.describe() if facts else {"id": self._id}
@@ -202,20 +207,25 @@ class Sidecar:
 
 
 def create_app(
-    settings: Settings, on_failure: Callable[[Exception], None] | None = None
+    settings: Settings,
+    on_failure: Callable[[Exception], None] | None = None,
+    group: Group | None = None,
 ) -> FastAPI:
     """The application; its model is loaded in the background once it starts, or when needed.
 
     Args:
         on_failure: told if the model cannot be loaded.
+        group: of ranks that divide the model, of which this is rank 0.
 
     Raises:
         ValueError: there is no such model; the message says what to do.
     """
-    loader = Loader(settings)
+    loader = Loader(settings, group)
+    make = partial(Leader, group) if group else Worker
     unloaded = loader.planned() if settings.loads_lazily else None
     idle = settings.sidecar_idle_unload_seconds
-    engine = Engine(loader.load, partial(new_worker, settings), on_failure, unloaded, idle)
+    work = partial(new_worker, settings, group=group, make=make)
+    engine = Engine(loader.load, work, on_failure, unloaded, idle)
     sidecar = Sidecar(engine, loader, settings)
 
     @asynccontextmanager

@@ -76,6 +76,8 @@ def several(
     log_g = -rate * nn.softplus((a + mixer.dt_bias).astype(mx.float32))
     y, held = _recurrence(q, k, v, log_g, mx.sigmoid(b), state)
     out = mixer.out_proj(mixer.norm(y.astype(x.dtype), z).reshape(B, L, -1))
+    if (group := getattr(mixer, "sharding_group", None)) is not None:
+        out = mx.distributed.all_sum(out, group=group)
     return out, (window, *held)
 
 

@@ -1,0 +1,1 @@
+"""One model over several processes: rank 0 has HTTP and decides, the others follow its orders."""
