@@ -35,7 +35,9 @@ def rank() -> None:
     threading.Thread(target=_end_with_supervisor, args=(group,), daemon=True).start()
     error = _serve(settings, group) if role.rank == 0 else _follow(settings, group)
     if error is None:
-        return
+        # All is done and written. Python's own end would meet threads of MLX's collectives.
+        logging.shutdown()
+        os._exit(0)
     from tqstack.attention.dispatch import NotCompressedError
 
     # A sentence on what to do: starting again will not help. All else may pass.
