@@ -55,6 +55,7 @@ REQUESTS = [
     completion(3000, 300, temperature=0.8, seed=3, n=2, frequency_penalty=0.4),
     completion(4000, 60, logprobs=2, max_tokens=6),
     completion(5000, 50, echo=True, logprobs=1, max_tokens=3),
+    completion(6000, 200, ignore_eos=True, max_tokens=150),  # repeats itself: drafts come true
     chat(
         "How old?",
         max_tokens=20,
