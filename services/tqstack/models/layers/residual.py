@@ -13,7 +13,7 @@ from tqstack.attention.kernels.program import Program
 from tqstack.attention.kernels.trust import beyond_rounding, check, distance, random, trusted
 from tqstack.weights.kernels import twins
 from tqstack.weights.kernels.rotate import HEADERS, LARGEST, division, rotated
-from tqstack.weights.kernels.twins import Rotated
+from tqstack.weights.kernels.twins import SCALE_PLACE, Rotated
 from tqstack.weights.rotation import block_size, rotate, signs
 
 THREADS = 512  # as in residual.h
@@ -35,10 +35,10 @@ ROTATED_RESIDUAL = Program(
     call="""
 SHARED_ARRAY float memory[Rotation<M, P, TEAM, TEAMS>::SHARED_WORDS];
 rotated_residual<TERMS, SCORED, M, P, TEAM, TEAMS>(
-    stream, terms, scores, weight, signs, (IN(ResidualCall))call, sum, normed, halves, scale,
-    memory, tid, block.x);""",
+    stream, terms, scores, weight, signs, (IN(ResidualCall))call, sum, normed, halves, memory, tid,
+    block.x);""",
     inputs=("stream", "terms", "scores", "weight", "call", "signs"),
-    outputs=("sum", "normed", "halves", "scale"),
+    outputs=("sum", "normed", "halves"),
 )
 
 
@@ -51,7 +51,7 @@ class Normed(NamedTuple):
     @property
     def arrays(self) -> tuple[mx.array, ...]:
         """For compiled functions, which take and return nothing else; `of` is the inverse."""
-        return self.plain, *(self.rotated[:2] if self.rotated else ())
+        return self.plain, *(self.rotated[:1] if self.rotated else ())
 
     def alone(self) -> Normed:
         """(B, 1, width) as (B, 1, 1, width), as experts read it."""
@@ -59,11 +59,8 @@ class Normed(NamedTuple):
         return Normed(self.plain[:, None], more)
 
     @classmethod
-    def of(cls, plain: mx.array, *rotated: mx.array) -> Normed:
-        if not rotated:
-            return cls(plain)
-        halves, scale = rotated
-        return cls(plain, Rotated(halves, scale, plain.dtype))
+    def of(cls, plain: mx.array, halves: mx.array | None = None) -> Normed:
+        return cls(plain, None if halves is None else Rotated(halves, plain.dtype))
 
 
 class Norm(NamedTuple):
@@ -143,7 +140,7 @@ def added_and_rotated(
     held = whole_row(width)
     assert held is not None and norm.seed is not None
     template, threads = held
-    out, normed, halves, scale = ROTATED_RESIDUAL(
+    out, normed, halves = ROTATED_RESIDUAL(
         [*_inputs(stream, terms, scores, norm), signs(width, norm.seed)],
         template={"TERMS": terms.shape[1], "SCORED": scores is not None, **template},
         blocks=(B, 1, 1),
@@ -151,11 +148,10 @@ def added_and_rotated(
         outputs=[
             (stream.shape, stream.dtype),
             (stream.shape, stream.dtype),
-            (stream.shape, mx.float16),
-            ((max(B, 8),), mx.float32),
+            ((B, 1, width + SCALE_PLACE), mx.float16),
         ],
     )
-    return out, Normed(normed, Rotated(halves, scale, stream.dtype))
+    return out, Normed(normed, Rotated(halves, stream.dtype))
 
 
 def whole_row(width: int) -> tuple[dict[str, int], int] | None:

@@ -4,7 +4,7 @@
 template <int TERMS, bool SCORED, int M, int P, int TEAM, int TEAMS, typename T>
 FN void rotated_residual(IN(T) stream, IN(T) terms, IN(float) scores, IN(T) weight, IN(float) signs,
                          IN(ResidualCall) call, OUT(T) sum, OUT(T) normed, OUT(half_t) halves,
-                         OUT(float) scale, SHARED(float) memory, int tid, int token) {
+                         SHARED(float) memory, int tid, int token) {
   typedef Rotation<M, P, TEAM, TEAMS> R;
   const int width = call->width, place = tid % TEAM, block = tid / TEAM * R::BLOCK;
   const bool there = block < width;
@@ -35,6 +35,6 @@ FN void rotated_residual(IN(T) stream, IN(T) terms, IN(float) scores, IN(T) weig
     most = fmax(most, fabs(values[i]));
     values[i] *= signs[d];
   }
-  rotate_held<R, M>(values, most, halves + first + (own - place), scale + token, there, tid == 0,
-                    memory, tid, place);
+  rotate_held<R, M>(values, most, halves + size_t(token) * row_stride(width), width, own - place,
+                    there, tid == 0, memory, tid, place);
 }

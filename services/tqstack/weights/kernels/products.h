@@ -18,15 +18,15 @@ struct ProductCall {
 
 // The inputs of one unit for 8 rows, as right factors of its two tiles. Rows from `last` on are
 // the last one's, and not looked at.
-FN void read_inputs(IN(half_t) x, int width, int first, int last, int lane,
+FN void read_inputs(IN(half_t) x, int stride, int first, int last, int lane,
                     LOCAL word (&b)[4]) {
   const int row = fragment_row(lane), pair = fragment_pair(lane);
   if (RIGHT_BY_COLUMNS) {
-    const size_t at = size_t(min(first + row, last)) * width + pair * 8;
+    const size_t at = size_t(min(first + row, last)) * stride + pair * 8;
     read_words<4, 4>((IN(word))(x + at), b);
   } else {
-    IN(half_t) low = x + size_t(min(first + 2 * pair, last)) * width;
-    IN(half_t) high = x + size_t(min(first + 2 * pair + 1, last)) * width;
+    IN(half_t) low = x + size_t(min(first + 2 * pair, last)) * stride;
+    IN(half_t) high = x + size_t(min(first + 2 * pair + 1, last)) * stride;
     UNROLL for (int i = 0; i < 4; i++) {
       const int at = place_of_input(i * 8 + row);
       b[i] = pack_halves(to_float(low[at]), to_float(high[at]));
@@ -42,14 +42,14 @@ struct Batch {
   word inputs[BATCH][FRAGMENTS][4];
 
   // Of the `left` units that there are; the others count as zeros.
-  FN void read(IN(word) weight, IN(half_t) x, int width, int last, int left, int lane) {
+  FN void read(IN(word) weight, IN(half_t) x, int stride, int last, int left, int lane) {
     UNROLL for (int i = 0; i < BATCH; i++) {
       const bool there = EVEN || i < left;
       UNROLL for (int t = 0; t < 2; t++)
         if (there) tiles[i][t].read(weight + (2 * i + t) * Code::WORDS, lane);
       UNROLL for (int f = 0; f < FRAGMENTS; f++) {
         if (!EVEN) UNROLL for (int j = 0; j < 4; j++) inputs[i][f][j] = 0;
-        if (there) read_inputs(x + i * UNIT, width, 8 * f, last, lane, inputs[i][f]);
+        if (there) read_inputs(x + i * UNIT, stride, 8 * f, last, lane, inputs[i][f]);
       }
     }
   }
@@ -75,14 +75,15 @@ struct Product {
 
 template <int BITS, int WINDOW, int FRAGMENTS, int WARPS, int BATCH, bool EVEN, bool EXPERTS,
           typename T>
-FN void product(IN(half_t) x, IN(float) x_scales, IN(word) weight, IN(half_t) scales,
-                IN(word) levels, IN(word) indices, IN(ProductCall) call, OUT(T) y,
+FN void product(IN(half_t) x, IN(word) weight, IN(half_t) scales, IN(word) levels,
+                IN(word) indices, IN(ProductCall) call, OUT(T) y,
                 SHARED(word) memory, int tid, int block) {
   typedef Product<BITS, WINDOW, FRAGMENTS, WARPS, BATCH> P;
   constexpr int UNIT_WORDS = 2 * P::Code::WORDS;
   const int lane = tid % 32, warp = tid / 32;
   const int along = call->along, own = warp % along, group = WARPS / along;
-  const int inputs = call->inputs, units = inputs / UNIT, tall = call->outputs / 16;
+  const int inputs = call->inputs, x_stride = row_stride(inputs);
+  const int units = inputs / UNIT, tall = call->outputs / 16;
   const int rows = EXPERTS ? 1 : call->rows, tiles = tall * (EXPERTS ? call->rows : 1);
   const int first = block * group, stride = call->blocks * group;
   const int steps = (units + BATCH * along - 1) / (BATCH * along);  // for a tile
@@ -99,11 +100,11 @@ FN void product(IN(half_t) x, IN(float) x_scales, IN(word) weight, IN(half_t) sc
     const int pair = EXPERTS ? tile / tall : 0;                                           \
     const size_t row = EXPERTS ? size_t(indices[pair]) * tall + tile % tall : tile;       \
     next_words = weight + (row * units + own * BATCH) * UNIT_WORDS;                       \
-    next_inputs = x + size_t(EXPERTS ? pair / call->shared : 0) * inputs + own * (BATCH * UNIT); \
+    next_inputs = x + size_t(EXPERTS ? pair / call->shared : 0) * x_stride + own * (BATCH * UNIT); \
   }
 #define READ(to)                                                                          \
   {                                                                                       \
-    to.read(next_words, next_inputs, inputs, rows - 1, units - (step * along + own) * BATCH, lane); \
+    to.read(next_words, next_inputs, x_stride, rows - 1, units - (step * along + own) * BATCH, lane); \
     next_words += along * (BATCH * UNIT_WORDS);                                           \
     next_inputs += along * (BATCH * UNIT);                                                \
     if (++step == steps) {                                                                \
@@ -143,7 +144,7 @@ FN void product(IN(half_t) x, IN(float) x_scales, IN(word) weight, IN(half_t) sc
         const int to = EXPERTS ? done / tall : row, n = (EXPERTS ? done % tall : done) * 16 + output;
         const size_t expert = EXPERTS ? indices[to] : 0;
         total *= to_float(scales[expert * (tall * 16) + n]);
-        total *= x_scales[EXPERTS ? to / call->shared : to];
+        total *= scale_of(x, inputs, EXPERTS ? to / call->shared : to);
         y[size_t(to) * (tall * 16) + n] = from_float<T>(total);
       }
       now = 0;

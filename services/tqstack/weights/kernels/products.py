@@ -36,9 +36,8 @@ def _few(shared_words: int) -> Program:
 typedef Product<BITS, WINDOW, FRAGMENTS, WARPS, BATCH> P;
 SHARED_MEMORY(memory, P::SHARED_WORDS);
 product<BITS, WINDOW, FRAGMENTS, WARPS, BATCH, EVEN, EXPERTS>(
-    x, x_scales, weight, scales, levels, indices, (IN(ProductCall))call, y, memory, tid,
-    block.x);""",
-        inputs=("x", "x_scales", "weight", "scales", "levels", "indices", "call"),
+    x, weight, scales, levels, indices, (IN(ProductCall))call, y, memory, tid, block.x);""",
+        inputs=("x", "weight", "scales", "levels", "indices", "call"),
         outputs=("y",),
         shared_words=shared_words,
     )
@@ -53,9 +52,9 @@ def _many(shared_words: int) -> Program:
 typedef Prompt<BITS, WINDOW, FRAGMENTS, WARPS, TILES, STAGES> P;
 SHARED_MEMORY(memory, P::SHARED_WORDS);
 prompt<BITS, WINDOW, FRAGMENTS, WARPS, TILES, STAGES, EXPERTS>(
-    x, x_scales, weight, scales, levels, indices, (IN(ProductCall))call, y, memory, tid, block.x,
+    x, weight, scales, levels, indices, (IN(ProductCall))call, y, memory, tid, block.x,
     block.y);""",
-        inputs=("x", "x_scales", "weight", "scales", "levels", "indices", "call"),
+        inputs=("x", "weight", "scales", "levels", "indices", "call"),
         outputs=("y",),
         shared_words=shared_words,
     )
@@ -173,7 +172,7 @@ def _inputs(
     experts = NO_EXPERTS if indices is None else indices.reshape(-1)
     if experts.size < 8:  # Metal passes fewer in another address space
         experts = mx.concatenate([experts, NO_EXPERTS])
-    return [x.halves, x.scale, weight, scales, _table(code), experts]
+    return [x.halves, weight, scales, _table(code), experts]
 
 
 def _shape(x: Rotated, indices: mx.array | None) -> tuple[int, ...]:

@@ -34,11 +34,11 @@ FN void read_staged(SHARED(const word) stage, int first, int lane, LOCAL word (&
 
 // Brings a unit of the block's rows to shared memory.
 template <typename P>
-FN void stage_inputs(SHARED(word) to, IN(half_t) x, int inputs, int first, int rows, int unit,
+FN void stage_inputs(SHARED(word) to, IN(half_t) x, int stride, int first, int rows, int unit,
                      int tid) {
   UNROLL for (int j = 0; j < P::ROWS * 4; j += P::THREADS) {
     const int i = j + tid, row = min(i / 4, rows - 1);
-    copy_async(to + i * 4, (IN(word))(x + size_t(first) * inputs + (row * inputs + unit * UNIT + i % 4 * 8)));
+    copy_async(to + i * 4, (IN(word))(x + size_t(first) * stride + (row * stride + unit * UNIT + i % 4 * 8)));
   }
 }
 
@@ -54,13 +54,14 @@ FN void read_unit(LOCAL typename P::Code (&codes)[TILES][2], IN(word) weight, si
 
 template <int BITS, int WINDOW, int FRAGMENTS, int WARPS, int TILES, int STAGES, bool EXPERTS,
           typename T>
-FN void prompt(IN(half_t) x, IN(float) x_scales, IN(word) weight, IN(half_t) scales,
-               IN(word) levels, IN(word) indices, IN(ProductCall) call, OUT(T) y,
+FN void prompt(IN(half_t) x, IN(word) weight, IN(half_t) scales, IN(word) levels,
+               IN(word) indices, IN(ProductCall) call, OUT(T) y,
                SHARED(word) memory, int tid, int block_column, int block_row) {
   typedef Prompt<BITS, WINDOW, FRAGMENTS, WARPS, TILES, STAGES> P;
   typedef typename P::Code Code;
   const int lane = tid % 32, warp = tid / 32;
   const int inputs = call->inputs, outputs = call->outputs, units = inputs / UNIT;
+  const int stride = row_stride(inputs);
   const int first = block_row * P::ROWS, rows = min(P::ROWS, call->rows - first);
   const int tall = outputs / 16, column = (block_column * WARPS + warp) * TILES;
   const int tiles = min(TILES, tall - column);  // of this warp; may be none
@@ -85,7 +86,7 @@ FN void prompt(IN(half_t) x, IN(float) x_scales, IN(word) weight, IN(half_t) sca
     read_unit<P>(codes, weight, tile, max(tiles, 1), units, 0, lane);
     UNROLL for (int stage = 0; stage < STAGES - 1; stage++) {
       if (stage < units)
-        stage_inputs<P>(memory + P::INPUTS + stage * P::STAGE, x, inputs, first, rows, stage, tid);
+        stage_inputs<P>(memory + P::INPUTS + stage * P::STAGE, x, stride, first, rows, stage, tid);
       copies_asked();
     }
     UNROLL for (int i = 0; i < P::WORDS / 4; i++) {
@@ -101,7 +102,7 @@ FN void prompt(IN(half_t) x, IN(float) x_scales, IN(word) weight, IN(half_t) sca
       block_sync();  // this unit's inputs are here, and those of the one before were read
       const int ahead = unit + STAGES - 1;
       if (ahead < units)
-        stage_inputs<P>(memory + P::INPUTS + ahead % STAGES * P::STAGE, x, inputs, first, rows,
+        stage_inputs<P>(memory + P::INPUTS + ahead % STAGES * P::STAGE, x, stride, first, rows,
                         ahead, tid);
       copies_asked();
       Code later[TILES][2];
@@ -130,7 +131,7 @@ FN void prompt(IN(half_t) x, IN(float) x_scales, IN(word) weight, IN(half_t) sca
       UNROLL for (int j = 0; j < 2; j++) {
         const int row = 8 * f + 2 * fragment_pair(lane) + j;
         if (row < start || row >= stop) continue;
-        const float scale = x_scales[first + row];
+        const float scale = scale_of(x, inputs, first + row);
         OUT(T) out = y + size_t(first + row) * outputs;
         UNROLL for (int i = 0; i < TILES; i++)
           UNROLL for (int e = 0; e < 2; e++) {

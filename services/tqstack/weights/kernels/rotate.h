@@ -140,13 +140,12 @@ struct GatedAnswers {
   }
 };
 
-// Rotated halves of a row, as large as can be without an overflow; `scale` makes them its rotation.
+// Rotated halves of a row, as large as can be without an overflow; its scale makes them its rotation.
 // values: of this thread, with their signs, TEAM apart from `first + place` on. most: the largest of
-// the row that this thread has seen.
+// the row that this thread has seen. scales: this thread keeps the scale.
 template <typename R, int M>
-FN void rotate_held(LOCAL float (&values)[R::VALUES], float most, OUT(half_t) halves,
-                    OUT(float) scale, bool there, bool first, SHARED(float) memory, int tid,
-                    int place) {
+FN void rotate_held(LOCAL float (&values)[R::VALUES], float most, OUT(half_t) row, int width,
+                    int first, bool there, bool scales, SHARED(float) memory, int tid, int place) {
   most = warp_max(most);
   if (R::THREADS > 32) {
     if (tid % 32 == 0) memory[tid / 32] = most;
@@ -158,15 +157,15 @@ FN void rotate_held(LOCAL float (&values)[R::VALUES], float most, OUT(half_t) ha
   const float exponent = fmax(-100.0f, fmin(100.0f, float(floor(room))));
   const float factor = fast_exp2(exponent);
   UNROLL for (int i = 0; i < R::VALUES; i++) values[i] *= factor;
-  const ToInputs out = {halves, there};
+  const ToInputs out = {row + first, there};
   hadamard_block<R, M>(values, out, memory, tid, place);
-  if (first) scale[0] = fast_exp2(-exponent) / sqrt(float(R::BLOCK));
+  if (scales) keep_scale(row, width, fast_exp2(-exponent) / sqrt(float(R::BLOCK)));
 }
 
 // A block of threads takes TEAMS of a row's Hadamard blocks.
 template <int M, int P, int TEAM, int TEAMS, typename From>
 FN void rotate_from(const From from, IN(float) signs, int blocks, OUT(half_t) halves,
-                    OUT(float) scale, SHARED(float) memory, int tid, int part, int row) {
+                    SHARED(float) memory, int tid, int part, int row) {
   typedef Rotation<M, P, TEAM, TEAMS> R;
   const int place = tid % TEAM, block = part * TEAMS + tid / TEAM, width = blocks * R::BLOCK;
   const bool there = block < blocks;
@@ -180,29 +179,28 @@ FN void rotate_from(const From from, IN(float) signs, int blocks, OUT(half_t) ha
   }
   if (blocks > TEAMS)
     for (int i = tid; i < width; i += R::THREADS) most = fmax(most, fabs(from.at(row, i)));
-  rotate_held<R, M>(values, most, halves + size_t(row) * width + first, scale + row, there,
+  rotate_held<R, M>(values, most, halves + size_t(row) * row_stride(width), width, first, there,
                     part == 0 && tid == 0, memory, tid, place);
 }
 
 template <int M, int P, int TEAM, int TEAMS, typename T>
-FN void rotate(IN(T) x, IN(float) signs, IN(RotateCall) call, OUT(half_t) halves, OUT(float) scale,
+FN void rotate(IN(T) x, IN(float) signs, IN(RotateCall) call, OUT(half_t) halves,
                SHARED(float) memory, int tid, int part, int row) {
   const AsTheyAre<T> from = {x, call->blocks * (M * P)};
-  rotate_from<M, P, TEAM, TEAMS>(from, signs, call->blocks, halves, scale, memory, tid, part, row);
+  rotate_from<M, P, TEAM, TEAMS>(from, signs, call->blocks, halves, memory, tid, part, row);
 }
 
 template <int M, int P, int TEAM, int TEAMS, typename T>
 FN void rotate_activated(IN(T) x, IN(float) signs, IN(RotateCall) call, OUT(half_t) halves,
-                         OUT(float) scale, SHARED(float) memory, int tid, int part, int row) {
+                         SHARED(float) memory, int tid, int part, int row) {
   const Activated<T> from = {x, call->blocks * (M * P), call->group};
-  rotate_from<M, P, TEAM, TEAMS>(from, signs, call->blocks, halves, scale, memory, tid, part, row);
+  rotate_from<M, P, TEAM, TEAMS>(from, signs, call->blocks, halves, memory, tid, part, row);
 }
 
 template <int M, int P, int TEAM, int TEAMS, typename T>
 FN void rotate_answers(IN(T) x, IN(T) gates, IN(float) signs, IN(RotateCall) call,
-                       OUT(half_t) halves, OUT(float) scale, SHARED(float) memory, int tid,
-                       int part, int row) {
+                       OUT(half_t) halves, SHARED(float) memory, int tid, int part, int row) {
   const GatedAnswers<T> from = {x, gates + call->stride - call->head, call->blocks * (M * P), call->head,
                                 call->stride, call->gates_width};
-  rotate_from<M, P, TEAM, TEAMS>(from, signs, call->blocks, halves, scale, memory, tid, part, row);
+  rotate_from<M, P, TEAM, TEAMS>(from, signs, call->blocks, halves, memory, tid, part, row);
 }

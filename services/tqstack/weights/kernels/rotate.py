@@ -12,7 +12,7 @@ from tqstack.attention.kernels.arguments import integers
 from tqstack.attention.kernels.program import Program
 from tqstack.attention.kernels.trust import check, distance, random, trusted
 from tqstack.weights.kernels import twins
-from tqstack.weights.kernels.twins import Rotated
+from tqstack.weights.kernels.twins import SCALE_PLACE, Rotated
 from tqstack.weights.rotation import block_size, rotate, signs
 
 FOLDER = Path(__file__).parent
@@ -26,10 +26,10 @@ def _program(body: str, *inputs: str) -> Program:
         headers=HEADERS,
         call=f"""
 SHARED_ARRAY float memory[Rotation<M, P, TEAM, TEAMS>::SHARED_WORDS];
-{body}<M, P, TEAM, TEAMS>({", ".join(inputs)}, signs, (IN(RotateCall))call, halves, scale, memory,
-                          tid, block.x, block.y);""",
+{body}<M, P, TEAM, TEAMS>({", ".join(inputs)}, signs, (IN(RotateCall))call, halves, memory, tid,
+                          block.x, block.y);""",
         inputs=(*inputs, "signs", "call"),
-        outputs=("halves", "scale"),
+        outputs=("halves",),
     )
 
 
@@ -79,14 +79,14 @@ def _launch(
     width, rows = shape[-1], prod(shape[:-1])
     template, blocks, threads = division(width)
     call = integers(width // (template["M"] * template["P"]), *sizes)
-    halves, scale = program(
+    (halves,) = program(
         [*inputs, signs(width, seed), call],
         template=template,
         blocks=(blocks, rows, 1),
         threads=threads,
-        outputs=[(shape, mx.float16), ((max(rows, 8),), mx.float32)],
+        outputs=[((*shape[:-1], width + SCALE_PLACE), mx.float16)],
     )
-    return Rotated(halves, scale, inputs[0].dtype)
+    return Rotated(halves, inputs[0].dtype)
 
 
 @lru_cache(maxsize=16)

@@ -8,20 +8,21 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from tqstack.attention.kernels.arguments import at_least_8
 from tqstack.weights.codes import Code
 from tqstack.weights.rotation import unrotate
 from tqstack.weights.tiles import TILE
 
+SCALE_PLACE = 8  # halves, as in inputs.h
+
 
 class Rotated(NamedTuple):
-    """Inputs in the domain of stored weights: row r of `rotate(x)` is scale[r] * halves.
+    """Inputs in the domain of stored weights: a row of `rotate(x)` is its halves times its scale.
 
-    halves: (..., K) float16, in the order of inputs.h. scale: (rows, but at least 8) float32.
+    halves: (..., K + SCALE_PLACE) float16: inputs in the order of inputs.h, and behind them the
+    scale, a float32 in two halves' place.
     """
 
     halves: mx.array
-    scale: mx.array
     dtype: mx.Dtype  # of the inputs, and of what is computed from them
 
     @property
@@ -48,15 +49,17 @@ def halved(rotated: mx.array, dtype: mx.Dtype) -> Rotated:
     exponent = mx.where(most > 0, mx.floor(14 - mx.log2(most)), 0.0)
     factor = mx.power(2.0, mx.clip(exponent, -100, 100))
     halves = (rotated * factor[..., None]).astype(mx.float16)
-    scale = at_least_8(1 / factor)
-    return Rotated(halves[..., _kept_order(rotated.shape[-1])], scale, dtype)
+    scale = (1 / factor)[..., None].view(mx.float16)
+    unused = mx.zeros((*scale.shape[:-1], SCALE_PLACE - 2), mx.float16)
+    kept = halves[..., _kept_order(rotated.shape[-1])]
+    return Rotated(mx.concatenate([kept, scale, unused], axis=-1), dtype)
 
 
 def restored(x: Rotated) -> mx.array:
     """(..., K) float32, rotated."""
-    natural = x.halves[..., _natural_order(x.halves.shape[-1])]
-    scale = x.scale[: x.rows].reshape(*natural.shape[:-1], 1)
-    return natural.astype(mx.float32) * scale
+    width = x.halves.shape[-1] - SCALE_PLACE
+    scale = mx.contiguous(x.halves[..., width : width + 2]).view(mx.float32)
+    return x.halves[..., _natural_order(width)].astype(mx.float32) * scale
 
 
 def activated(both: mx.array) -> mx.array:
