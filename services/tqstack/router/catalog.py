@@ -14,7 +14,10 @@ def list_models(backends: Mapping[str, Backend]) -> list[dict[str, Any]]:
     plain: dict[str, dict[str, Any]] = {}
     forced = []
     for backend in backends.values():
+        holds = backend.view().models
         for entry in backend.models:
+            if length := holds.get(entry["id"]):
+                entry = {**entry, "context_length": length}
             plain.setdefault(entry["id"], {**_OWN, **entry, "backend": backend.name})
             name = backend.definition.prefix + entry["id"]
             forced.append({**_OWN, **entry, "id": name, "name": name, "backend": backend.name})

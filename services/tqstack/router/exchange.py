@@ -18,7 +18,7 @@ from tqstack.router.backends.load import Load, Reading
 from tqstack.router.client import Client
 from tqstack.router.estimate import Size, measure
 from tqstack.router.exact import NEAR
-from tqstack.router.failure import Failure
+from tqstack.router.failure import Failure, loop_detected
 from tqstack.router.journal import Record
 from tqstack.router.needs import is_background, needs_of
 from tqstack.router.policy import (
@@ -35,7 +35,7 @@ from tqstack.router.prefill import begun_by
 from tqstack.router.prefixes import Boundary, boundaries
 from tqstack.router.relay import Relay
 from tqstack.router.rewrite import with_model
-from tqstack.router.services import Endpoint, Services
+from tqstack.router.services import VIA, Endpoint, Services
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 _SLACK = 0.25
 _CHAT = "/v1/chat/completions"
 _AMENDED = frozenset({_CHAT, "/v1/completions"})
+_MOST_HOPS = 4  # from router to router
 _WORTH_CACHING = 256  # tokens: backends keep whole blocks
 _EXPENSIVE_SECONDS = 10.0  # a failure after so long is not worth the SDK's automatic retries
 
@@ -60,6 +61,7 @@ class Exchange:
         body: bytes,
         request: dict[str, Any],
         chat: dict[str, Any],
+        via: tuple[str, ...],
     ):
         self._services = services
         self._backends = services.backends.current
@@ -68,6 +70,7 @@ class Exchange:
         self._endpoint = endpoint
         self._body = body
         self._request = request
+        self._via = via
         self._chat = chat  # the same, in terms of chat
         self.original = request  # as it came
         self._size: Size = measure(chat)
@@ -164,7 +167,7 @@ class Exchange:
         record, backends = self._record, self._backends.values()
         if not all(backend.health.asked for backend in backends):
             await self._look()
-        views = {backend.name: backend.view() for backend in backends}
+        views = self._views()
         ask, measure = self._ask(views), measure_of_length(views)
         threshold = threshold_for(self._services.settings.prompt_token_threshold, measure)
         record.estimate = next(iter(ask.tokens.values()))
@@ -178,9 +181,21 @@ class Exchange:
                 raise
             # Nobody is there, by the last probe; perhaps somebody is now.
             await self._look()
-            route = decide(ask, {b.name: b.view() for b in backends}, threshold)
+            route = decide(ask, self._views(), threshold)
         self._choose(route.candidates[0])
         return route
+
+    def _views(self) -> dict[str, View]:
+        """Of the backends that may answer.
+
+        Raises:
+            ApiError: 508, if the request has come from each of them.
+        """
+        been = {*self._via, self._services.id}
+        views = {b.name: b.view() for b in self._backends.values() if b.router_id not in been}
+        if not views or self._services.id in self._via or len(self._via) >= _MOST_HOPS:
+            raise loop_detected(self._via)
+        return views
 
     async def _look(self) -> None:
         await asyncio.gather(*(backend.probe.check() for backend in self._backends.values()))
@@ -240,7 +255,9 @@ class Exchange:
             record.left_out += ignored(path, sent)
         unread = max(0, candidate.tokens - backend.load.warm(self._read.get(backend.name, 0)))
         reading = backend.load.begin(unread)
-        relay = Relay(backend, services.settings, services.upstream, client, record, reading)
+        relay = Relay(backend, services.settings, client, record, reading)
+        if backend.kind == "openai":
+            relay.headers = {VIA: ",".join((*self._via, services.id))}
         if backend.is_ollama and path == _CHAT:
             relay.begun = begun_by(self._chat)
         if dialect:
@@ -252,7 +269,7 @@ class Exchange:
                 candidate.tokens * (1 - self._slack),
                 services.settings.router_first_token_seconds,
             )
-            await relay.run(backend.address.url + path, body)
+            await relay.run(path, body)
         except Failure as failure:
             if dialect and native and failure.kind in ("status-404", "status-405", "status-501"):
                 backend.does_not_speak(path)

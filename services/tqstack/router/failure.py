@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -81,6 +81,16 @@ def too_long(backend: str, model: str, context: int) -> Failure:
     return Failure("context", error, sick=False)
 
 
+def loop_detected(via: Sequence[str]) -> ApiError:
+    """A request that comes back to a router, or has passed too many."""
+    return ApiError(
+        508,
+        f"the request has passed {len(via)} routers, and only routers where it has been are left; "
+        "see the `backends.toml` of each",
+        code="loop_detected",
+    )
+
+
 def refusal(backend: str, status: int, headers: Mapping[str, str], body: bytes) -> Failure:
     """A failure from an answer with an error status."""
     error, retry_after = _envelope(backend, status, body), headers.get("retry-after")
@@ -94,8 +104,8 @@ def refusal(backend: str, status: int, headers: Mapping[str, str], body: bytes) 
         error.retry_after = int(retry_after)
     too_long = error.code == "context_length_exceeded"
     ours = status not in _CLIENTS_FAULT
-    # A backend that is loading, full or rate limited is not ill, nor one that has no such thing.
-    sick = status >= 500 and status != 501 and not (status == 503 and error.code)
+    # Not ill is one that is loading, full or rate limited, has no such thing, or sees a circle.
+    sick = status >= 500 and status not in (501, 508) and not (status == 503 and error.code)
     return Failure(f"status-{status}", error, elsewhere=ours or too_long, sick=sick)
 
 

@@ -16,8 +16,9 @@ from tqstack.router.client import Client
 from tqstack.router.encoding import decode
 from tqstack.router.exchange import Exchange
 from tqstack.router.journal import Record
-from tqstack.router.services import Endpoint, Services
+from tqstack.router.services import VIA, Endpoint, Services
 
+_VIA, _MOST_VIA = VIA.encode(), 16
 log = logging.getLogger(__name__)
 
 
@@ -41,10 +42,13 @@ class Forward:
             body = await read_body(receive, limit)
             # Without a watcher a client that goes away is noticed at the next send only.
             watcher = loop.create_task(client.watch(task))
+            via: tuple[str, ...] = ()
             for name, value in scope["headers"]:
                 if name == b"content-encoding":
                     body = decode(body, value.decode("latin-1"), limit)
-            exchange = self._exchange(client, record, body)
+                elif name == _VIA:
+                    via = tuple(value.decode("latin-1").split(",")[:_MOST_VIA])
+            exchange = self._exchange(client, record, body, via)
             await (exchange.count(endpoint.counted) if endpoint.counted else exchange.run())
         except ApiError as error:
             record.outcome, record.status, record.error = "refused", error.status, error.message
@@ -65,7 +69,9 @@ class Forward:
                 watcher.cancel()
             self._services.journal.end(record)
 
-    def _exchange(self, client: Client, record: Record, body: bytes) -> Exchange:
+    def _exchange(
+        self, client: Client, record: Record, body: bytes, via: tuple[str, ...]
+    ) -> Exchange:
         """
         Raises:
             ApiError: 400, if the body is no request that can be met.
@@ -73,12 +79,12 @@ class Forward:
         endpoint, request = self._endpoint, parse_json(body)
         if endpoint.dialect is None:
             validate(endpoint.schema, request)
-            return Exchange(self._services, client, record, endpoint, body, request, request)
+            return Exchange(self._services, client, record, endpoint, body, request, request, via)
         resolved = endpoint.dialect.resolve(request)
         if resolved is not request:
             body = orjson.dumps(resolved)
         chat = endpoint.dialect.to_chat(resolved)
         validate(endpoint.schema, chat)
-        exchange = Exchange(self._services, client, record, endpoint, body, resolved, chat)
+        exchange = Exchange(self._services, client, record, endpoint, body, resolved, chat, via)
         exchange.original = request
         return exchange

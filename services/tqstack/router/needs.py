@@ -4,6 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+# All that a request can ask for, in the words of a `/health`'s `capabilities`.
+FEATURES = frozenset(
+    {
+        "tools",
+        "tool_choice",
+        "choices",
+        "prompts",
+        "embeddings",
+        "images",
+        "tokenize",
+        "logprobs",
+        "text_logprobs",
+        "logit_bias",
+        "echo",
+        "json_object",
+        "json_schema",
+        "guided",
+    }
+)
 _NONE: frozenset[str] = frozenset()
 _AS_FIELDS = frozenset({"tools", "logprobs", "logit_bias", "echo"})
 # Names that vLLM and llama.cpp have for the form of an answer.

@@ -23,7 +23,7 @@ from tqstack.router.failure import Failure
 from tqstack.router.journal import Record
 from tqstack.router.prefill import Unrepeated
 from tqstack.router.repair import ChatRepair, repair_whole
-from tqstack.router.upstream import Answer, Upstream, UpstreamError
+from tqstack.router.upstream import Answer, UpstreamError
 from tqstack.router.watch import StreamWatch
 from tqstack.settings import Settings
 
@@ -45,6 +45,7 @@ class Relay:
 
     Attributes:
         watch: what the stream has shown so far.
+        headers: to be sent beside those that every request has.
         begun: what this backend may repeat of the request before its answer.
     """
 
@@ -52,17 +53,16 @@ class Relay:
         self,
         backend: Backend,
         settings: Settings,
-        upstream: Upstream,
         client: Client,
         record: Record,
         reading: Reading,
     ):
         self.watch = StreamWatch()
+        self.headers: dict[str, str] = {}
         self.begun = ""
         self._backend = backend
         self._name = backend.name
         self._settings = settings
-        self._upstream = upstream
         self._client = client
         self._record = record
         self._reading = reading
@@ -74,7 +74,7 @@ class Relay:
         """The API that the request was made in, and whether the answer has to be put into it."""
         self._dialect, self._request, self._translated = dialect, request, translated
 
-    async def run(self, url: str, body: bytes) -> None:
+    async def run(self, path: str, body: bytes) -> None:
         """Answers the client.
 
         Raises:
@@ -86,9 +86,9 @@ class Relay:
             prefill = (record.estimate or 0) / _PREFILL_TOKENS_PER_SECOND
             limit = self._settings.router_first_token_seconds + prefill
         try:
-            headers = _HEADERS | self._backend.address.headers
             give_up = partial(self._backend.probe.give_up_reason, time.monotonic())
-            answer = await self._upstream.send("POST", url, body, headers, limit, give_up)
+            send = self._backend.address.send
+            answer = await send("POST", path, body, _HEADERS | self.headers, limit, give_up)
             if answer.status != 200:
                 raise await self._refusal(answer)
             if record.stream:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tqstack.openai_api.schema import Passing
@@ -19,10 +20,16 @@ from tqstack.router.slots import Slots
 from tqstack.router.upstream import Upstream
 from tqstack.settings import Settings
 
+VIA = "x-tqstack-via"  # header: ids of the routers that a request has passed, with commas
+
 
 @dataclass(frozen=True)
 class Services:
-    """What all exchanges share."""
+    """What all exchanges share.
+
+    Attributes:
+        id: this router's, by which it knows requests of its own that come back to it.
+    """
 
     settings: Settings
     upstream: Upstream
@@ -34,6 +41,7 @@ class Services:
     clients: Clients
     journal: Journal
     metrics: Metrics
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
 class Endpoint(NamedTuple):

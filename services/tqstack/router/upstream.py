@@ -285,8 +285,8 @@ class Upstream:
 
     def __init__(self, connect_seconds: float = 3):
         self._connect_seconds = connect_seconds
-        self._pools: dict[tuple[str, int, bool], list[_Connection]] = {}
-        self._tls: ssl.SSLContext | None = None
+        self._pools: dict[tuple[tuple[str, int, bool], str], list[_Connection]] = {}
+        self._tls: dict[str, ssl.SSLContext] = {}  # by certificate
 
     async def send(
         self,
@@ -296,19 +296,21 @@ class Upstream:
         headers: Mapping[str, str],
         limit: float,
         give_up_reason: GiveUpReason | None = None,
+        certificate: str = "",
     ) -> Answer:
         """Sends a request, and waits up to `limit` seconds for the answer's headers.
 
-        `give_up_reason` is asked every second, here and whenever the answer is waited for.
+        `give_up_reason` is asked every second, here and whenever the answer is waited for. With a
+        file of a `certificate`, a TLS server is known by it, and by nothing else.
 
         Raises:
             UpstreamError: nobody listens, or the connection ended before an answer.
         """
         origin, head = _target(method, url, tuple(headers.items()))
-        pool = self._pools.setdefault(origin, [])
+        pool = self._pools.setdefault((origin, certificate), [])
         data = b"%scontent-length: %d\r\n\r\n" % (head, len(body))
         while True:
-            connection = self._take(pool) or await self._connect(origin)
+            connection = self._take(pool) or await self._connect(origin, certificate)
             try:
                 connection.request(data, body, give_up_reason)
                 await connection.wait_head(limit)
@@ -334,15 +336,14 @@ class Upstream:
                 return connection
         return None
 
-    async def _connect(self, origin: tuple[str, int, bool]) -> _Connection:
+    async def _connect(self, origin: tuple[str, int, bool], certificate: str) -> _Connection:
         host, port, tls = origin
-        if tls and self._tls is None:
-            self._tls = ssl.create_default_context()
+        context = self._context(certificate) if tls else None
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_seconds):
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(loop), host, port, ssl=self._tls if tls else None
+                    lambda: _Connection(loop), host, port, ssl=context
                 )
         except TimeoutError:
             raise UpstreamError("refused", f"no connection to {host}:{port} in time") from None
@@ -350,6 +351,13 @@ class Upstream:
             reason = error.strerror or error
             raise UpstreamError("refused", f"no connection to {host}:{port} ({reason})") from None
         return connection
+
+    def _context(self, certificate: str) -> ssl.SSLContext:
+        context = self._tls.get(certificate)
+        if context is None:
+            context = ssl.create_default_context(cafile=certificate or None)
+            self._tls[certificate] = context
+        return context
 
     def close(self) -> None:
         for pool in self._pools.values():

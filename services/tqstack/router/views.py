@@ -11,6 +11,7 @@ from tqstack.openai_api.errors import ApiError
 from tqstack.openai_api.guard import CLIENT
 from tqstack.router.catalog import find_model, list_models
 from tqstack.router.keys import OWNER
+from tqstack.router.needs import FEATURES
 from tqstack.router.policy import measure_of_length, threshold_for
 from tqstack.router.reload import reload as read_backends
 from tqstack.router.services import Services
@@ -84,8 +85,13 @@ def _summary(services: Services) -> dict:
     backends = {backend.name: backend.report() for backend in services.backends.values()}
     alive = any(report["state"] in ("up", "sick") for report in backends.values())
     measure = measure_of_length({b.name: b.view() for b in services.backends.values()})
+    views = [backend.view() for backend in services.backends.values()]
+    able = [view for view in views if view.state in ("up", "sick")]
+    lacking = [view.lacks | view.ignores for view in able]
     return {
         "status": "ok" if alive else "error",
+        "id": services.id,
+        "capabilities": sorted(FEATURES - frozenset.intersection(FEATURES, *lacking)),
         "sidecar_available": any(
             report["kind"] == "sidecar" and report["state"] == "up" for report in backends.values()
         ),

@@ -12,8 +12,9 @@ from tqstack.router.backends.address import Address
 from tqstack.router.backends.definition import Definition
 from tqstack.router.backends.load import Load
 from tqstack.router.backends.ollama import LEAST, Contexts
-from tqstack.router.backends.probe import Health, Probe
+from tqstack.router.backends.probe import Health, Probe, is_router
 from tqstack.router.failure import Failure, too_long
+from tqstack.router.needs import FEATURES
 from tqstack.router.policy import Kind, State, View
 from tqstack.router.upstream import Upstream, UpstreamError
 
@@ -48,14 +49,15 @@ class Backend:
         self.definition = definition
         self.name = definition.name
         self.kind: Kind = definition.kind
-        self.address = Address(definition.url, definition.key.get_secret_value(), upstream)
+        key = definition.key.get_secret_value()
+        self.address = Address(definition.url, key, definition.certificate, upstream)
         self.load = Load(definition.at_once)
         self._contexts = Contexts(self.address.fetch) if self.kind == "ollama" else None
         self.probe = Probe(
             self.name,
             self.address,
             enabled=definition.enabled,
-            reports=self.kind == "sidecar",
+            reports={"sidecar": True, "ollama": False, "openai": None}[self.kind],
             contexts=self._contexts,
             changed=self._health_changed,
             hung_seconds=hung_seconds,
@@ -92,8 +94,15 @@ class Backend:
     @property
     def models(self) -> list[dict[str, Any]]:
         """Entries of its `/v1/models`, as far as it may be asked for them."""
-        allowed = self.definition.models
-        return [e for e in self.health.models if not allowed or e["id"] in allowed]
+        allowed, models = self.definition.models, self.health.models
+        if self.router_id:  # its names with prefixes are its own affair
+            models = [e for e in models if e["id"] != "auto" and not _has_prefix(e)]
+        return [e for e in models if not allowed or e["id"] in allowed]
+
+    @property
+    def router_id(self) -> str | None:
+        """Of another router like this one."""
+        return self.health.report["id"] if is_router(self.health.report) else None
 
     def view(self) -> View:
         state = self.health.state
@@ -109,11 +118,17 @@ class Backend:
         definition = self.definition
         models = {entry["id"]: _context(entry) for entry in self.models}
         own = definition.default_model or next(iter((*definition.models, *models)), "")
+        if self.router_id and not definition.default_model:
+            own = "auto"  # it chooses
+            models[own] = max((length for length in models.values() if length), default=None)
         if isinstance(length := self.health.model.get("context_length"), int):
             models[own] = length
         lacks = ignores = frozenset()
+        can = self.health.report.get("capabilities")
         if self.kind == "sidecar":
-            lacks = _SIDECAR_LACKS - set(self.health.report.get("capabilities") or ())
+            lacks = _SIDECAR_LACKS - set(can or ())
+        elif self.router_id and isinstance(can, list):
+            lacks = FEATURES - set(can)
         elif self.is_ollama:
             lacks, ignores = _OLLAMA_LACKS, _OLLAMA_IGNORES
         return View(
@@ -203,6 +218,11 @@ class Backend:
             self._unsupported_paths = set(self._never_supported)
         elif self._contexts and after.state == "down":
             self._contexts.restart()
+
+
+def _has_prefix(entry: dict[str, Any]) -> bool:
+    """Whether another router's entry is one of those that name a backend of its own."""
+    return entry["id"].startswith((f"{entry.get('backend')}:", "tq:"))
 
 
 def _context(entry: dict[str, Any]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,8 @@ class Definition(BaseModel):
     Attributes:
         name: also the prefix that chooses it.
         key: what it wants to see of us; in the file, where to find it.
+        certificate: file of the one that it must show, if it is reached by TLS and no known
+            authority has signed it.
         models: those it may be asked for; none: all it has.
         default_model: the one for requests that name none of its own; empty: its first.
         at_once: the most requests at a time; none: any number.
@@ -43,6 +46,7 @@ class Definition(BaseModel):
     kind: Kind
     url: str
     key: SecretStr = SecretStr("")
+    certificate: str = ""
     models: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     default_model: str = ""
     at_once: Annotated[int, Field(ge=1)] | None = None
@@ -79,6 +83,18 @@ class Definition(BaseModel):
             raise ValueError(f"the {what} {name} holds no key")
         return SecretStr(key.strip())
 
+    @field_validator("certificate")
+    @classmethod
+    def _certificate_is_one(cls, value: str) -> str:
+        if not value:
+            return value
+        path = str(Path(value).expanduser())
+        try:
+            ssl.create_default_context(cafile=path)
+        except (OSError, ValueError) as error:  # SSLError is an OSError
+            raise ValueError(f"{path} holds no certificate in PEM form ({error})") from None
+        return path
+
     @model_validator(mode="after")
     def _names_keep_their_meaning(self) -> Definition:
         meant = PREFIXES.get(self.name, self.kind)
@@ -86,6 +102,8 @@ class Definition(BaseModel):
             raise ValueError(f"{self.name}: means a backend of kind {meant!r}; choose another name")
         if self.default_model and self.models and self.default_model not in self.models:
             raise ValueError(f"default_model {self.default_model!r} is not among its models")
+        if self.certificate and not self.url.startswith("https:"):
+            raise ValueError("a certificate needs an https:// address")
         return self
 
     @property

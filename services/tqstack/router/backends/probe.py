@@ -29,7 +29,7 @@ class Health:
 
     Attributes:
         models: entries of `/v1/models`; kept from an earlier probe when this one failed.
-        report: the sidecar's `/health` as it came, for the status page.
+        report: `/health` of a sidecar or of another router, as it came, for the status page.
         detail: why the state is what it is.
     """
 
@@ -48,7 +48,7 @@ class Health:
     @property
     def running(self) -> int:
         """Requests that the backend says it has running, ours and others."""
-        load = self.report.get("requests")
+        load = self.report.get("requests", self.report)
         running = load.get("running") if isinstance(load, dict) else 0
         return running if isinstance(running, int) else 0
 
@@ -58,7 +58,7 @@ class Probe:
 
     Args:
         name: the backend's, for the log.
-        reports: it has a `/health` that tells its load and progress.
+        reports: it has a `/health` that tells its load and progress; `None`: it may have one.
         contexts: what its models hold, of an Ollama.
         changed: hears of every new health, the old one first.
         hung_seconds: without a good probe or a byte for so long, it is taken for hung.
@@ -71,7 +71,7 @@ class Probe:
         address: Address,
         *,
         enabled: bool,
-        reports: bool,
+        reports: bool | None,
         contexts: Contexts | None,
         changed: Callable[[Health, Health], None],
         hung_seconds: float,
@@ -187,6 +187,13 @@ class Probe:
                     report=report,
                     detail=detail,
                 )
+        elif self._reports is None:
+            with contextlib.suppress(ValueError):  # it is answered with something else
+                status, found = await self._address.fetch("/health")
+                report = found if status in (200, 503) else {}
+            if is_router(report) and report.get("status") != "ok":
+                detail = "a router, and none of its backends can answer"
+                return replace(self.health, state="down", report=report, detail=detail)
         status, listing = await self._address.fetch("/v1/models")
         if status != 200:
             raise ValueError(f"/v1/models answers {status}")
@@ -210,3 +217,8 @@ class Probe:
         if health.state != before.state:
             log.info("%s is %s: %s", self._name, health.state, health.detail)
         self._changed(before, health)
+
+
+def is_router(report: dict[str, Any]) -> bool:
+    """Whether this is the `/health` of a router like this one."""
+    return isinstance(report.get("id"), str) and isinstance(report.get("backends"), dict)
