@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tqstack.cli import checks
+from tqstack.cli import checks, ranks
 from tqstack.cli.checks import Finding
 from tqstack.cli.common import console, openblas, preload_openblas
 from tqstack.machine import accelerator
@@ -132,6 +132,9 @@ def _model(settings: Settings) -> Iterator[Finding]:
         return
     yield (files := checks.files(settings.model_name))
     if files.state != "ok":
+        return
+    if settings.divides_model:
+        yield from ranks.examine(settings)
         return
     from tqstack.attention.kernels import trust
     from tqstack.models.runtime import load_runtime

@@ -7,16 +7,21 @@ import os
 import signal
 import threading
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from tqstack.cli.common import fail, preload_openblas, start_logging
+from tqstack.ranks.links import answer
 from tqstack.ranks.role import Role
 from tqstack.settings import Settings
 
 STDIN = 0
 
 
-def rank() -> None:
+def rank(
+    probe: Annotated[bool, typer.Option(help="Say what this host is, for doctor.")] = False,
+) -> None:
     """Be one rank of a divided model; what it shall do comes on its standard input."""
     preload_openblas()
     line = bytearray()
@@ -25,6 +30,9 @@ def rank() -> None:
         line += read
     if not line:
         fail("a rank is started by `tqstack sidecar`, with SIDECAR_RANKS or SIDECAR_HOSTS")
+    if probe:
+        answer(bytes(line))
+        return
     role = Role.from_line(bytes(line))
     settings = role.own_settings()
     start_logging(settings, f"sidecar-rank{role.rank}" if role.rank else "sidecar")

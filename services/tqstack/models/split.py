@@ -31,6 +31,14 @@ class NotSplitError(ValueError):
     """The model cannot be divided like that; the message says what to do instead."""
 
 
+def way(model: Any) -> How | None:
+    """How mlx-lm can divide a model; None: it cannot."""
+    if hasattr(model, "shard"):
+        return "tensor"
+    inner = getattr(model, "model", None)
+    return "pipeline" if hasattr(inner, "pipeline") else None
+
+
 class Part(NamedTuple):
     """What a rank has of a model: a part of each layer ("tensor"), or layers from `first` on."""
 
@@ -54,12 +62,12 @@ def split(spec: ModelSpec, model: nn.Module, group: mx.distributed.Group) -> Par
         )
     whole: Any = model
     try:
-        if hasattr(whole, "shard"):
+        if way(whole) == "tensor":
             whole.shard(group)
             if not all(_kv_heads(module) for module in model.modules()):
                 raise ZeroDivisionError
             return Part("tensor", ranks)
-        if hasattr(getattr(whole, "model", None), "pipeline"):
+        if way(whole) == "pipeline":
             return _pipeline(spec, whole, group)
     except NotSplitError:
         raise

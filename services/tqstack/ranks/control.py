@@ -11,6 +11,8 @@ import queue
 import socket
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any
@@ -74,6 +76,26 @@ def gather(
     finally:
         listener.close()
     return found
+
+
+def take_in(
+    listener: socket.socket, key: bytes, seconds: float, ended: Callable[[], int | None]
+) -> tuple[Connection, dict[str, Any]]:
+    """One other end.
+
+    Args:
+        ended: not None once the process that should come has ended.
+
+    Raises:
+        UnreachableError: it did not come in time.
+    """
+    came: queue.SimpleQueue[tuple[Connection, dict[str, Any]]] = queue.SimpleQueue()
+    deadline = time.monotonic() + seconds
+    threading.Thread(target=_accept, args=(listener, key, came), daemon=True).start()
+    while ended() is None and time.monotonic() < deadline:
+        with suppress(queue.Empty):
+            return came.get(timeout=0.2)
+    raise UnreachableError(f"no connection came back within {seconds:g} s")
 
 
 def _accept(listener: socket.socket, key: bytes, came: Any) -> None:

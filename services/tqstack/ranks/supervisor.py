@@ -11,11 +11,9 @@ import logging
 import os
 import queue
 import secrets
-import shlex
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -25,6 +23,7 @@ from typing import Any
 from tqstack.machine import accelerator
 from tqstack.ranks import control
 from tqstack.ranks.hosts import HERE, Host, Hosts, read_hosts
+from tqstack.ranks.links import over_ssh
 from tqstack.ranks.role import Backend, Role, settings_of_others
 from tqstack.settings import EXIT_CONFIG, Settings
 
@@ -33,7 +32,6 @@ log = logging.getLogger(__name__)
 FIRST_DELAY, LONGEST_DELAY, HEALTHY_SECONDS = 0.5, 30.0, 60.0
 STOP_SECONDS = 20
 RING_PORT = 32323  # as mlx.launch has it
-SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "LogLevel=ERROR")
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,13 @@ class Places:
     def __len__(self) -> int:
         return len(self.hosts.hosts)
 
+    def host(self, rank: int) -> Host:
+        """The first one is this machine, whatever its name."""
+        host = self.hosts.hosts[rank]
+        return host if rank else host.model_copy(update={"ssh": HERE[0]})
+
     def is_here(self, rank: int) -> bool:
-        return rank == 0 or self.hosts.hosts[rank].ssh in HERE
+        return self.host(rank).ssh in HERE
 
     @property
     def backend(self) -> Backend:
@@ -72,10 +75,9 @@ class Places:
         """Ranks that share a rank's memory."""
         if self.backend == "nccl":
             return 1
-        here = self.is_here(rank)
-        name = self.hosts.hosts[rank].ssh
-        others = range(len(self))
-        return sum(self.is_here(i) if here else self.hosts.hosts[i].ssh == name for i in others)
+        here, own = self.is_here(rank), self.host(rank).ssh
+        others = map(self.host, range(len(self)))
+        return sum(host.ssh in HERE if here else host.ssh == own for host in others)
 
     def roles(self, settings: Settings, listener: socket.socket) -> list[Role]:
         """What each rank is told; anew for every start."""
@@ -177,12 +179,9 @@ class Supervisor:
             threading.Thread(target=self._await, args=(rank, process), daemon=True).start()
 
     def _spawn(self, role: Role) -> subprocess.Popen[bytes]:
-        command, environment = [sys.executable, "-m", "tqstack", "rank"], dict(os.environ)
+        command, environment = over_ssh(self._places.host(role.rank), ["rank"]), dict(os.environ)
         descriptors = () if role.listener is None else (role.listener,)
-        if not self._places.is_here(role.rank):
-            host = self._places.hosts.hosts[role.rank].ssh
-            command = [*SSH, host, "exec " + shlex.join(command)]
-        elif accelerator() == "cpu":
+        if self._places.is_here(role.rank) and accelerator() == "cpu":
             share = max(1, (os.cpu_count() or 1) // role.beside)
             environment.setdefault("OPENBLAS_NUM_THREADS", str(share))
         # A session of its own: Ctrl-C reaches this process alone, which then stops rank 0.
