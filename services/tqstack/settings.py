@@ -116,10 +116,10 @@ class Settings(BaseSettings):
         description="how long reading others' prompts may hold a stream up; "
         "auto: 250 on a GPU, 1000 on a CPU",
     )
-    sidecar_speculation: Literal["auto", "lookup", "0"] = Field(
+    sidecar_speculation: Literal["auto", "mtp", "lookup", "0"] = Field(
         "auto",
-        description="draft tokens and verify several in a step, where that is faster: lookup, what "
-        "came before in prompt and answer; auto: all that the model can; 0: never",
+        description="draft tokens and verify several in a step, where that is faster: mtp, the "
+        "model's own head; lookup, what came before in prompt and answer; auto: both; 0: never",
     )
     sidecar_lazy_load: Switch = Field(
         "auto", description="load the model at the first request; auto: on a Mac with 32 GB or less"

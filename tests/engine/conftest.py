@@ -47,7 +47,8 @@ def tiny(runtime):
         spec = ModelSpec.of(name, "", {**CONFIGS[name], "vocab_size": vocabulary})
         own = CacheSpec(KVCodecs.parse(codecs) if codecs else None, **cache_options)
         model = models(name, vocabulary)
-        drafts = NONE if verification.unsupported(model, own.make(model)) else runtime.drafts
+        able = not verification.unsupported(model, own.make(model))
+        drafts = replace(runtime.drafts, drafters=("lookup",)) if able else NONE
         plan, compressed = measure(spec, model, own, Machine(1 << 30, 256, 4), drafts.tokens)
         return replace(
             runtime,
@@ -69,8 +70,8 @@ def eager(monkeypatch):
     """Workers that draft whenever something can be drafted, as if longer steps took no longer."""
     monkeypatch.setattr(StepTimes, "ratio", lambda *_: 1.0)
 
-    def make(runtime, **options):
-        drafts = Drafts("lookup", ("lookup",), None, (1.0,) * (1 + MOST))
+    def make(runtime, drafters=("lookup",), **options):
+        drafts = Drafts("auto", drafters, None, (1.0,) * (1 + MOST), 1e-9)
         return Worker(replace(runtime, drafts=drafts), **options)
 
     return make

@@ -73,6 +73,33 @@ def test_greedy_answers_have_the_tokens_of_plain_decoding(eager, tiny, noise, na
     assert empty(together)
 
 
+@pytest.mark.parametrize("drafters", [("mtp",), ("lookup", "mtp")])
+def test_the_models_own_head_changes_no_answer(eager, runtime, text, drafters):
+    starts, lengths = (0, 9000, 20_000, 33_000, 100), (60, 40, 30, 50, 1)
+    prompts = [text[start : start + 120] for start in starts]
+    want = alone(plainly(runtime), prompts, lengths)
+    worker = eager(runtime, drafters)
+    jobs = [submit(worker, *job) for job in zip(prompts, lengths, strict=True)]
+    assert finished(worker, *jobs) == want
+    drafted, accepted = counts(worker)
+    assert 0 < drafted / 10 < accepted
+    check(worker)
+    # Its pairs are kept with the prefix, and it goes on from there.
+    turn = prompts[0] + want[0] + text[500:540]
+    cached = worker.totals["cached_tokens"]
+    assert alone(worker, [turn], [40]) == alone(plainly(runtime), [turn], [40])
+    assert worker.totals["cached_tokens"] > cached + 150
+    assert empty(worker)
+
+
+def test_a_prompt_of_one_token_is_drafted_for_once_it_has_a_state(eager, runtime):
+    prompts = [[7], [9], [7]]
+    want = alone(plainly(runtime), prompts, [20] * 3)
+    worker = eager(runtime, ("lookup", "mtp"))
+    jobs = [submit(worker, prompt, 20) for prompt in prompts]
+    assert finished(worker, *jobs) == want and counts(worker)[1] > 0
+
+
 def test_models_without_recurrent_layers_draft_too(eager, tiny, noise):
     runtime = tiny("llama")
     prompts = prompts_of(noise, 9)

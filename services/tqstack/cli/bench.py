@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from tqstack.cli import drafts
 from tqstack.cli.common import console, errors, fail, preload_openblas
 
 app = typer.Typer(help="Measure speed, quality and the router.", no_args_is_help=True)
@@ -60,11 +61,19 @@ def speed(
     batch: Annotated[int, typer.Option(min=1, help="equal sequences decoded together")] = 1,
     prefill_step: Annotated[int, typer.Option(min=1)] = 2048,
     trials: Annotated[int, typer.Option(min=1)] = 3,
+    speculation: Annotated[
+        bool, typer.Option("--speculation", help="each drafter against none, on three tasks")
+    ] = False,
     output: Output = None,
     plot: Plot = None,
 ) -> None:
     """Prefill and decode speed, cache bytes and peak memory, backends interleaved."""
     preload_openblas()
+    if speculation:
+        if shape or plot:
+            fail("--speculation measures what is accepted: a trained model, and no plot", 2)
+        drafts.bench(model, bits, batch, generation_tokens, trials, output)
+        return
     import mlx.core as mx
     import numpy as np
 

@@ -13,6 +13,7 @@ from rich.columns import Columns
 from rich.live import Live
 from rich.panel import Panel
 
+from tqstack.cli import drafts
 from tqstack.cli.common import console, fail, preload_openblas
 
 Model = Annotated[str, typer.Argument(help="demo, a folder or a hub name")]
@@ -32,18 +33,52 @@ def generate(
     max_tokens: MaxTokens = 256,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0)] = 0.0,
     min_tokens: Annotated[int, typer.Option(min=0, help="before the answer may end")] = 0,
+    speculation: Annotated[
+        Literal["auto", "mtp", "lookup", "0"],
+        typer.Option(help="draft tokens, as SIDECAR_SPECULATION does, by the sidecar's engine"),
+    ] = "0",
     raw: Raw = False,
 ) -> None:
     """Write one answer, and tell speed and bytes."""
     preload_openblas()
-    loaded, tokens = _prepare(model, prompt, raw)
     if min_tokens > max_tokens:
         fail(f"--min-tokens {min_tokens} are more than --max-tokens {max_tokens}", 2)
+    if speculation != "0":
+        if backend != "turboquant":
+            fail(f"--speculation {speculation}: --backend {backend} cannot take drafts back", 2)
+        _drafted(model, prompt, bits, speculation, max_tokens, temperature, min_tokens, raw)
+        return
+    loaded, tokens = _prepare(model, prompt, raw)
     run = Run(loaded, tokens, backend, bits, max_tokens, temperature, min_tokens)
     for text in run.steps():
         typer.echo(text, nl=False)
     typer.echo()
     console.print(run.summary(), highlight=False, style="dim")
+
+
+def _drafted(
+    model: str,
+    prompt: str,
+    bits: str,
+    mode: str,
+    max_tokens: int,
+    temperature: float,
+    min_tokens: int,
+    raw: bool,
+) -> None:
+    """One answer with drafts."""
+    text = _text(prompt)
+    runtime = drafts.runtime_of(model, bits, mode)
+    from tqstack.engine.sampling import Sampling
+
+    options = {
+        "max_tokens": max_tokens,
+        "sampling": Sampling(temperature),
+        "min_tokens": min_tokens,
+    }
+    *pieces, told = drafts.answer(runtime, _tokens(runtime.tokenizer, text, raw), options)
+    typer.echo("".join(pieces))
+    console.print(told, highlight=False, style="dim")
 
 
 def compare(
@@ -78,18 +113,26 @@ def _side_by_side(runs: list[Run]) -> Columns:
 def _prepare(model: str, prompt: str, raw: bool) -> tuple[Any, list[int]]:
     from tqstack.models.load import load_model
 
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text.strip():
-        fail("the prompt is empty", 2)
+    text = _text(prompt)
     try:
         loaded = load_model(model)
     except (ValueError, OSError) as error:
         fail(str(error), 2)
-    tokenizer = loaded.tokenizer
+    return loaded, _tokens(loaded.tokenizer, text, raw)
+
+
+def _text(prompt: str) -> str:
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        fail("the prompt is empty", 2)
+    return text
+
+
+def _tokens(tokenizer: Any, text: str, raw: bool) -> list[int]:
     if raw or not tokenizer.has_chat_template:
-        return loaded, tokenizer.encode(text)
+        return tokenizer.encode(text)
     messages = [{"role": "user", "content": text}]
-    return loaded, tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 
 
 @dataclass

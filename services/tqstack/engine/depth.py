@@ -38,6 +38,11 @@ class StepTimes:
             self._plain = 0
             self._recent = {key: kept for key, kept in self._recent.items() if key[1] == 1}
 
+    @property
+    def one(self) -> float:
+        """Of one sequence and one token."""
+        return median(self._recent.get((1, 1)) or self._first[:1])
+
     def ratio(self, sequences: int, tokens: int) -> float:
         """What a step of so many tokens takes, as a multiple of one of a single token."""
         one, more = (self._recent.get((sequences, n)) for n in (1, tokens))

@@ -10,8 +10,10 @@ all of its answer so far that has been handed out, the end marker included.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -182,7 +184,8 @@ class Model:
 
     def _expected(self) -> list[int] | None:
         """The tokens that are fed next, if drafts may pay; else they are not waited for."""
-        wishes = [r.drafting.expect(r.room) if r.drafting else NO_WISH for r in self.batch]
+        cost = self.speculation.cost
+        wishes = [r.drafting.expect(r.room, cost) if r.drafting else NO_WISH for r in self.batch]
         if not self.speculation.depth(wishes):
             return None
         assert self._next is not None
@@ -194,16 +197,33 @@ class Model:
 
     def _proposed(self, known: list[int]) -> list[list[int]]:
         """Each sequence's drafts behind the tokens that are fed next, as many as pay."""
+        cost = self.speculation.cost
         found = [
-            running.drafting.propose(token, running.room) if running.drafting else []
+            running.drafting.propose(token, running.room, cost)
+            if running.drafting
+            else (NO_WISH, [])
             for running, token in zip(self.batch, known, strict=True)
         ]
-        wishes = [
-            Wish(running.drafting.chance, len(drafts)) if running.drafting else NO_WISH
-            for running, drafts in zip(self.batch, found, strict=True)
+        depth = self.speculation.depth([wish for wish, _ in found])
+        drafts = [own[: min(depth, wish.most)] for wish, own in found]
+        for i, own in self._heads(depth).items():
+            drafts[i] = own[: found[i][0].most]
+        return [
+            running.drafting.until_end(own) if running.drafting else []
+            for running, own in zip(self.batch, drafts, strict=True)
         ]
-        depth = self.speculation.depth(wishes)
-        return [drafts[:depth] for drafts in found]
+
+    def _heads(self, count: int) -> dict[int, list[int]]:
+        """By row, what the model's head drafts for those that it is to draft for."""
+        rows = [i for i, r in enumerate(self.batch) if r.drafting and r.drafting.by_head]
+        if not count or not rows or self.cache[-1].empty():
+            return {}
+        assert self._next is not None
+        model: Any = self._model  # one with a head, for nothing else drafts by it
+        began, rooms = time.perf_counter(), [running.room for running in self.batch]
+        drafts: list[list[int]] = model.draft(self._next, self.cache, count, rooms).tolist()
+        self.speculation.drafted(count, time.perf_counter() - began)
+        return {i: drafts[i] for i in rows}
 
     def _verify(self, known: list[int], drafts: list[list[int]]) -> list[Made]:
         """Feed the next tokens and drafts behind them; of these those stay that were right, and

@@ -36,3 +36,15 @@ def adapt(model: nn.Module) -> dict[str, int]:
         replaced["experts"] = experts.install(model)
     replaced["steps"] = steps.install(model)
     return replaced
+
+
+def adapt_head(head: nn.Module) -> None:
+    """The same for a head of multi-token prediction, a layer of the model's kind. On a GPU nothing
+    in it waits for a prompt's other layers: what it says of a prompt is never computed."""
+    if backend() is None:
+        activations.install(head)
+        products.install(head)
+        steps.install(head)
+    else:
+        decoder.install(head)
+        experts.install(head)

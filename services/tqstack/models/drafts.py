@@ -15,12 +15,14 @@ class Drafts:
         drafters: those that there are; none: tokens are made one by one.
         why_not: why there are none.
         step_seconds: what a step of 1, 2, ... tokens of one sequence took at warm-up.
+        draft_seconds: what the model's head took for a draft.
     """
 
     mode: str = "0"
     drafters: tuple[str, ...] = ()
     why_not: str | None = "SIDECAR_SPECULATION is 0"
     step_seconds: tuple[float, ...] = ()
+    draft_seconds: float = 0.0
 
     @property
     def tokens(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["softmax", "window", "recurrent", "other"]
@@ -67,6 +67,13 @@ class Geometry:
     vocabulary: int = 0
     recurrence: int = 0
     recurrence_chunk: int = 0
+
+    @property
+    def with_head(self) -> Geometry:
+        """With a head of multi-token prediction: keys and values of one more layer, and a hidden
+        state."""
+        head = self.softmax[-1], Layer("other", convolution=self.hidden)
+        return replace(self, layers=(*self.layers, *head))
 
     @property
     def softmax(self) -> list[Layer]:

@@ -12,9 +12,10 @@ from tqstack.models.cache_spec import CacheSpec, read_cache_spec
 from tqstack.models.device import this_machine
 from tqstack.models.drafts import MOST
 from tqstack.models.families import read_geometry
+from tqstack.models.families.gated_delta import TYPES as WITH_HEAD
 from tqstack.models.families.mla import caches_latents
 from tqstack.models.plan import Machine, Plan, geometric_plan
-from tqstack.models.safetensors import Tensor, model_tensors
+from tqstack.models.safetensors import Tensor, head_tensors, model_tensors
 from tqstack.models.spec import ModelSpec, read_spec
 from tqstack.models.weight_bits import expanded_bytes
 from tqstack.settings import Settings
@@ -102,10 +103,13 @@ def plan_spec(
     """
     machine = machine or this_machine(settings.sidecar_memory_mb)
     geometry = spec.geometry or read_geometry(spec.config)  # which raises
+    cache = read_cache_spec(settings)
+    head = head_of(settings, spec, cache)
     if weights is None:
         tensors = model_tensors(Path(spec.path))
         weights = weight_bytes(tensors, spec.config, machine.expands_weights)
-    cache = read_cache_spec(settings)
+        weights += _nbytes(head, spec.config, machine.expands_weights)
+    geometry = geometry.with_head if head else geometry
     stored = cache.token_bytes(geometry.softmax, machine.value_bytes)
     drafted = drafted_tokens(settings, cache)
     return geometric_plan(geometry, stored, weights, machine, cache.tail_tokens, drafted)
@@ -114,6 +118,16 @@ def plan_spec(
 def drafted_tokens(settings: Settings, cache: CacheSpec) -> int:
     """Most tokens of a sequence in a step."""
     return 1 + MOST if settings.sidecar_speculation != "0" and cache.codecs else 1
+
+
+def head_of(settings: Settings, spec: ModelSpec, cache: CacheSpec) -> dict[str, Tensor]:
+    """The tensors of the model's multi-token prediction, if it is used; empty: it is not."""
+    wanted = settings.sidecar_speculation in ("auto", "mtp") and spec.path
+    # Boundary layers are counted from the cache's last entry, which would be the head's.
+    possible = cache.codecs and not cache.boundary_layers
+    if not wanted or not possible or spec.config.get("model_type") not in WITH_HEAD:
+        return {}
+    return head_tensors(Path(spec.path))
 
 
 def weight_bytes(
@@ -125,6 +139,10 @@ def weight_bytes(
         as_float32: as on the CPU, where quantized matrices are expanded and all becomes float32.
     """
     loaded = {n: t for n, t in tensors.items() if not any(part in n for part in NOT_LOADED)}
+    return _nbytes(loaded, config, as_float32)
+
+
+def _nbytes(tensors: Mapping[str, Tensor], config: Mapping[str, Any], as_float32: bool) -> int:
     if as_float32:
-        return expanded_bytes(loaded, config.get("quantization") or {})
-    return sum(tensor.nbytes for tensor in loaded.values())
+        return expanded_bytes(tensors, config.get("quantization") or {})
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -23,8 +23,10 @@ from tqstack.models.device import this_machine
 from tqstack.models.drafts import MOST, NONE, Drafts
 from tqstack.models.load import load_model
 from tqstack.models.measure import layer_kinds, measure
+from tqstack.models.mtp import Predicting
+from tqstack.models.mtp_load import load_head
 from tqstack.models.plan import Machine, Plan, logits_bytes, prefill_workspace
-from tqstack.models.planning import Facts
+from tqstack.models.planning import Facts, head_of
 from tqstack.models.search_cost import affords
 from tqstack.models.spec import ModelSpec
 from tqstack.models.split import (
@@ -127,11 +129,17 @@ def load_runtime(settings: Settings, group: mx.distributed.Group | None = None) 
     spec, model, tokenizer, part = load_model(settings.model_name, cache, group=group)
     if group is None:
         cache = _closest(settings, cache, model, machine.prefill_step)
-    found = fingerprint(spec, cache, machine, part)
+    own = len(cache.make(model))
+    headed = group is None and bool(head_of(settings, spec, cache))
+    found = fingerprint(spec, cache, machine, part, headed=headed)
+    if headed:
+        model = _predicting(spec, model)
+        spec = replace(spec, geometry=spec.geometry and spec.geometry.with_head)
     spec = divided(spec, part) if part else spec
     drafts = _drafts(settings, cache, model)
     plan, compressed = measure(spec, model, cache, machine, drafts.tokens)
-    kinds = layer_kinds(cache.make(model))
+    kinds = layer_kinds(cache.make(model)[:own])
+    compressed = tuple(i for i in compressed if i < own)
     if group is not None and part is not None:
         if not same(group, fingerprint(spec, cache, machine, part, times=False)):
             raise NotSplitError(
@@ -161,6 +169,21 @@ def load_runtime(settings: Settings, group: mx.distributed.Group | None = None) 
     )
 
 
+def _predicting(spec: ModelSpec, model: nn.Module) -> Predicting:
+    """The model with its head.
+
+    Raises:
+        SettingsError: its files hold another one.
+    """
+    try:
+        return Predicting(model, load_head(Path(spec.path), spec.config, model))
+    except ValueError as error:
+        raise SettingsError(
+            f"the multi-token prediction in {spec.path} is not of this model's kind ({error}); "
+            "SIDECAR_SPECULATION=lookup runs without it"
+        ) from None
+
+
 def _drafts(settings: Settings, cache: CacheSpec, model: nn.Module) -> Drafts:
     """What SIDECAR_SPECULATION asks for, as far as this model can have it.
 
@@ -170,13 +193,23 @@ def _drafts(settings: Settings, cache: CacheSpec, model: nn.Module) -> Drafts:
     mode = settings.sidecar_speculation
     if mode == "0":
         return NONE
+    if mode == "mtp" and not isinstance(model, Predicting):
+        raise SettingsError(
+            "SIDECAR_SPECULATION='mtp': its files hold no multi-token prediction (mtp.*) of a "
+            "known kind, its cache is not compressed, TQ_BOUNDARY_LAYERS is not 0, or ranks divide "
+            "the model; allowed: auto, lookup, 0"
+        )
     new_cache: Callable[[], list[Any]] = partial(cache.make, model)
     if why_not := verification.unsupported(model, new_cache()):
         if mode != "auto":
             raise SettingsError(f"SIDECAR_SPECULATION={mode!r}: {why_not}; allowed: auto, 0")
         return Drafts(mode, why_not=why_not)
     seconds = verification.step_seconds(model, new_cache, 1 + MOST)
-    return Drafts(mode, ("lookup",), None, seconds)
+    drafters = ("mtp",) if isinstance(model, Predicting) else ()
+    if mode != "mtp":
+        drafters = ("lookup", *drafters)
+    each = verification.draft_seconds(model, new_cache) if isinstance(model, Predicting) else 0.0
+    return Drafts(mode, drafters, None, seconds, each)
 
 
 def fingerprint(
@@ -185,12 +218,14 @@ def fingerprint(
     machine: Machine,
     part: Part | None = None,
     times: bool = True,
+    headed: bool = False,
 ) -> str:
     """What makes a cache's numbers: the model's files, the codecs with their seeds, the type that
     is computed in, the version of MLX, and how the model is divided.
 
     Args:
         times: when the files were written counts, too; copies on other machines differ in that.
+        headed: the cache has the entries of a head of multi-token prediction, too.
     """
     files = sorted(Path(spec.path).glob("*.safetensors")) if spec.path else []
     weights = [
@@ -198,7 +233,7 @@ def fingerprint(
     ]
     config = json.dumps(spec.config, sort_keys=True, default=str)
     parts = (part.how, part.ranks) if part else ()
-    what = (spec.id, config, weights, cache, machine.value_bytes, version("mlx"), *parts)
+    what = (spec.id, config, weights, cache, machine.value_bytes, version("mlx"), headed, *parts)
     return hashlib.blake2b(repr(what).encode(), digest_size=16).hexdigest()
 
 

@@ -57,6 +57,17 @@ def read_header(path: Path) -> dict[str, Tensor]:
     return {name: Tensor(e["dtype"], tuple(e["shape"])) for name, e in header.items()}
 
 
+def head_tensors(folder: Path) -> dict[str, Tensor]:
+    """Those of a folder that belong to multi-token prediction.
+
+    Raises:
+        BrokenFileError: a file is not whole.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    found = {name: tensor for file in files for name, tensor in read_header(file).items()}
+    return {name: tensor for name, tensor in found.items() if "mtp." in name}
+
+
 def model_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a model's `model*.safetensors`, those that mlx-lm loads.
 

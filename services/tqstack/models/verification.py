@@ -16,6 +16,7 @@ from mlx_lm.models.cache import ArraysCache
 
 from tqstack.attention.cache import TurboQuantKVCache
 from tqstack.models.layers.drafts import LAYERS, Revocable
+from tqstack.models.mtp import Predicting
 
 TRIALS = 3  # of a step's length at warm-up
 
@@ -25,10 +26,10 @@ Cache = list[Any]
 def unsupported(model: nn.Module, cache: Cache) -> str | None:
     """Why tokens cannot be taken back from a model's cache; None: they can."""
     layers: Any = model.layers
-    for i, entry in enumerate(cache):
+    for i, entry in enumerate(cache[: len(layers)]):
         if type(entry) is TurboQuantKVCache:
             continue
-        mixer = layers[i].get("linear_attn") if i < len(layers) else None
+        mixer = layers[i].get("linear_attn")
         if type(entry) is not ArraysCache or not _steps(mixer):
             return f"a {type(entry).__name__} of this model cannot take drafts back"
     return None
@@ -82,6 +83,17 @@ def step_seconds(model: nn.Module, new_cache: Callable[[], Cache], most: int) ->
             if trial:
                 found.setdefault(tokens, []).append(time.perf_counter() - began)
     return tuple(min(found[tokens]) for tokens in range(1, most + 1))
+
+
+def draft_seconds(model: Predicting, new_cache: Callable[[], Cache]) -> float:
+    """What the head takes for a draft of one sequence: the least of some trials."""
+    cache, token, found = new_cache(), mx.zeros(1, mx.int32), []
+    mx.eval(model(mx.zeros((1, 8), mx.int32), cache=cache))
+    for _ in range(1 + TRIALS):
+        began = time.perf_counter()
+        mx.eval(model.draft(token, cache, 1, [1]))
+        found.append(time.perf_counter() - began)
+    return min(found)
 
 
 def _step(model: nn.Module, cache: Cache, tokens: int) -> None:

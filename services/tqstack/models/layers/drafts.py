@@ -12,6 +12,7 @@ memory for as many states, and running accepted tokens again reads all matrices 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -29,14 +30,15 @@ class Revocable:
     """What a recurrent layer gets in place of its cache while drafts are verified.
 
     Attributes:
-        held: what the layer leaves for `accept`.
+        behind: what the layer leaves: the entry's arrays behind the counts[i] >= 1 tokens of
+            sequence i that stay, (B,) int32.
     """
 
     lengths = None
+    behind: Callable[[mx.array], Sequence[mx.array]]
 
     def __init__(self, entry: ArraysCache):
         self.entry = entry
-        self.held: tuple[mx.array, ...] = ()
 
     @property
     def past(self) -> tuple[mx.array, mx.array]:
@@ -49,15 +51,15 @@ class Revocable:
         return None
 
     def accept(self, counts: mx.array) -> None:
-        """Of sequence i the first counts[i] >= 1 tokens stay; (B,) int32."""
-        self.entry.cache = list(_accepted(counts, self.past[1], *self.held))
-        self.held = ()
+        """Of sequence i the first counts[i] tokens stay."""
+        self.entry.cache = list(self.behind(counts))
+        del self.behind
 
 
 def several(
     mixer: Any, x: mx.array, past: mx.array, state: mx.array
 ) -> tuple[mx.array, tuple[mx.array, ...]]:
-    """The layer's answer to a few tokens, and what `Revocable.held` needs.
+    """The layer's answer to a few tokens, and what `accepted` needs.
 
     Args:
         x: (B, L, width)
@@ -125,8 +127,8 @@ def _inverse(A: mx.array) -> mx.array:
 
 
 @mx.compile
-def _accepted(
-    counts: mx.array, state: mx.array, window: mx.array, u: mx.array, k: mx.array, log_G: mx.array
+def accepted(
+    state: mx.array, window: mx.array, u: mx.array, k: mx.array, log_G: mx.array, counts: mx.array
 ) -> tuple[mx.array, mx.array]:
     """What the convolution still needs and the state, behind counts[i] tokens of sequence i."""
     L = k.shape[2]

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 
 from tqstack.attention.kernels.program import backend
-from tqstack.models.layers.drafts import MOST_TOKENS, Revocable, several
+from tqstack.models.layers.drafts import MOST_TOKENS, Revocable, accepted, several
 
 PROMPT = 256  # tokens from which on waiting costs nothing that could be seen
 
@@ -91,7 +91,9 @@ def _recurrence(base: type[nn.Module]) -> type[nn.Module]:
         def _revocably(self, x: mx.array, cache: Revocable) -> mx.array:
             if not hasattr(self, "_few_tokens"):
                 self._few_tokens = mx.compile(partial(several, self))
-            y, cache.held = self._few_tokens(x, *cache.past)
+            past, state = cache.past
+            y, held = self._few_tokens(x, past, state)
+            cache.behind = partial(accepted, state, *held)
             return y
 
         def _step(self, x: mx.array, *state: Any) -> tuple[Any, ...]:
