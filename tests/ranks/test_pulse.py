@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tqstack.ranks.pulse import FIRST_STEP, FIRST_STEPS, SILENCE, STEP, TIMES, Peers, Progress
+from tqstack.ranks.pulse import (
+    FIRST_STEP,
+    FIRST_STEPS,
+    SILENCE,
+    STEP,
+    TIMES,
+    Peers,
+    Progress,
+)
 
 
 class Clock:
@@ -34,6 +42,7 @@ def test_whoever_is_heard_of_in_time_is_alive(gaps, late):
 @given(st.floats(0.1, SILENCE / 2))
 def test_who_is_silent_is_seen_however_often_the_others_speak(beat):
     peers, now = Peers([1, 2], 0.0), 0.0
+    peers.heard(1, {}, now)
     while peers.silent(now) is None:
         assert now <= SILENCE + beat
         now += beat
@@ -43,6 +52,7 @@ def test_who_is_silent_is_seen_however_often_the_others_speak(beat):
 
 def test_a_watcher_that_slept_itself_listens_anew():
     peers = Peers([1], 0.0)
+    peers.heard(1, {}, 0.0)
     assert peers.silent(1000.0) is None
     for beat in range(1, 13):
         peers.silent(1000.0 + beat * SILENCE / 12)

@@ -37,6 +37,7 @@ class Follower:
         return told[0]
 
     def follow(self, worker: Worker) -> None:
+        self._group.progress.loading = False
         try:
             while (order := self._next())[0] != "close":
                 self._carry_out(worker, *order)

@@ -53,6 +53,7 @@ class Leader(Worker):
         self._group, self._tally = group, Tally()
         self._expected: list[deque[int]] = [deque() for _ in group.orders]
         super().__init__(*arguments, ranks=RanksAgreement(group, self._tell), **options)
+        group.progress.loading = False
 
     def _order(self, *order: Any) -> None:
         for connection in self._group.orders:

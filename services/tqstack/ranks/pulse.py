@@ -24,7 +24,8 @@ from tqstack.ranks import control
 log = logging.getLogger(__name__)
 
 BEAT = 0.5  # seconds between two signs of life
-SILENCE = 5.0  # seconds without one after which a rank is taken for dead
+# Seconds without one after which a rank is taken for dead; loading may hold Python's lock for some.
+SILENCE, LOADING_SILENCE = 5.0, 30.0
 # Seconds that a step may take: so many, or so many times the slowest of the last ones. The first
 # ones compile kernels, and nothing is known of this machine yet.
 STEP, TIMES, KNOWN = 8.0, 4, 64
@@ -40,6 +41,7 @@ class Progress:
         self._recent: deque[float] = deque(maxlen=KNOWN)
         self._since: float | None = None
         self.step = 0
+        self.loading = True
         self.closing = False  # connections may end now
 
     @contextmanager
@@ -82,13 +84,13 @@ class Peers:
     def silence(self, rank: int, now: float) -> float:
         return now - self._heard[rank]
 
-    def silent(self, now: float) -> int | None:
+    def silent(self, now: float, most: float = SILENCE) -> int | None:
         """A rank that has said nothing for too long. Asked at every beat: whoever slept meanwhile,
         with its machine, cannot tell, and listens anew."""
         if now - self._awake > SILENCE / 2:
             self._heard = dict.fromkeys(self._heard, now)
         self._awake = now
-        return next((rank for rank in self._heard if self.silence(rank, now) > SILENCE), None)
+        return next((rank for rank in self._heard if self.silence(rank, now) > most), None)
 
 
 def end(why: str) -> None:
@@ -111,6 +113,13 @@ class Watcher(threading.Thread):
         self.peers = Peers(list(connections), time.monotonic())
 
     def run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:  # nobody would see what this thread is for
+            if not self._progress.closing:
+                end(f"its watcher failed: {error}")
+
+    def _watch(self) -> None:
         beat = 0.0
         while not self._progress.closing:
             if (now := time.monotonic()) >= beat:
@@ -122,7 +131,11 @@ class Watcher(threading.Thread):
     def beat(self) -> dict[str, Any]:
         """This rank's sign of life."""
         progress = self._progress
-        return {"step": progress.step, "age": progress.age, "bytes": mx.get_active_memory()}
+        return {
+            "step": progress.step,
+            "age": round(progress.age, 3),
+            "bytes": mx.get_active_memory(),
+        }
 
     def _tell(self) -> None:
         for connection, rank in self._ranks.items():
@@ -147,7 +160,10 @@ class Watcher(threading.Thread):
         progress = self._progress
         if progress.closing:
             return
-        if (rank := self.peers.silent(time.monotonic())) is not None:
-            end(f"rank {rank} has given no sign of life for {SILENCE:g} s")
+        # Ranks load together: where this one is done, so are the others.
+        most = LOADING_SILENCE if progress.loading else SILENCE
+        if (rank := self.peers.silent(time.monotonic(), most)) is not None:
+            silence = self.peers.silence(rank, time.monotonic())
+            end(f"rank {rank} has given no sign of life for {silence:.0f} s")
         if (age := progress.age) > progress.limit:
             end(f"step {progress.step} has been going on for {age:.0f} s")
