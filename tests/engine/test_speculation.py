@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from dataclasses import replace
 
@@ -231,3 +232,15 @@ def test_where_nothing_pays_no_step_is_longer_than_a_token(tiny, noise, monkeypa
     alone(worker, [noise[:40] * 3], [60])
     told = worker.status()["speculation"]
     assert told["verify_steps"] == 0 and told["plain_steps"] >= 60
+
+
+def test_what_a_head_keeps_is_computed_with_every_token(runtime, text, monkeypatch):
+    monkeypatch.setattr(StepTimes, "ratio", lambda *_: 9.0)
+    worker = Worker(runtime)
+    submit(worker, text[:60], 40)
+    for _ in range(20):
+        worker.step()
+    mx.synchronize()
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *runtime.model.aside(worker._model.cache))
+    assert graph.getvalue().count("->") < 20  # of one token, and not of twenty

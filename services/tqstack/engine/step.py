@@ -165,7 +165,7 @@ class Model:
         self._next = self._ranks.drawn(self._draw(logits, fed))
         self._told = self._tell(logits[:, None], self._next[:, None])
         measured = self._told.measured
-        mx.async_eval(self._next, *(measured.arrays if measured else ()))
+        mx.async_eval(self._next, *self._aside(), *(measured.arrays if measured else ()))
         made = []
         for running, token in zip(self.batch, fed.tolist(), strict=True):  # pyright: ignore
             if known is None and running.drafting:
@@ -179,6 +179,11 @@ class Model:
         if not running.generated:
             return []
         return [Made(running, token, logprob, running.finish_reason(token))]
+
+    def _aside(self) -> list[mx.array]:
+        """What must be computed beside the next tokens: a head's part of the cache."""
+        aside: Any = getattr(self._model, "aside", None)
+        return aside(self.cache) if aside else []
 
     # -- drafts ------------------------------------------------------------------------------
 
@@ -239,7 +244,8 @@ class Model:
         mx.eval(drawn, *(ahead.measured.arrays if ahead.measured else ()))
         found: list[list[int]] = drawn.tolist()  # pyright: ignore
         right = [_right(own, row) for own, row in zip(drafts, found, strict=True)]
-        mx.async_eval(verification.accept(given, counts, [1 + n for n in right]))
+        states = verification.accept(given, counts, [1 + n for n in right])
+        mx.async_eval(states, self._aside())
         made: list[Made] = []
         for i, (running, n) in enumerate(zip(self.batch, right, strict=True)):
             self.speculation.verified(running.drafting, drafts[i], n)

@@ -81,6 +81,12 @@ class Predicting(nn.Module):
             entry[0] = hidden[:, -1:]
         return output(text, hidden)
 
+    def aside(self, cache: list[Any]) -> list[mx.array]:
+        """What a step leaves for the head. No logits need it, so it must be asked for, or its graph
+        would grow from token to token."""
+        pairs, last = cache[-ENTRIES:]
+        return [*pairs.tails.held(), *(x for x in last.cache if x is not None)]
+
     def draft(
         self, tokens: mx.array, cache: list[Any], count: int, rooms: Sequence[int]
     ) -> mx.array:
