@@ -13,6 +13,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from models.architectures import SMALL_35B
 from tqstack.bench import shapes
+from tqstack.bench.speed import fill
 from tqstack.models.layers import convolution, drafts, experts, steps
 from tqstack.weights.layers import Coded
 from tqstack.weights.recipe import layers_of
@@ -118,3 +119,11 @@ def test_shapes_have_the_codes_that_a_conversion_would_make():
     assert any(path.endswith("switch_mlp.down_proj") for path in coded)
     logits = model(mx.zeros((1, 3), mx.int32))
     assert logits.dtype == mx.bfloat16 and mx.isfinite(logits).all()
+
+
+def test_speed_is_measured_on_a_filled_cache_of_every_shape():
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 64, "num_attention_heads": 4}
+    model = shapes.build("qwen3-8b", layers=1, num_key_value_heads=2, **sizes)
+    cache = make_prompt_cache(model)
+    fill(model, cache, 100)
+    assert cache[0].offset == 100 and cache[0].state[0].shape[1] == 2

@@ -186,7 +186,9 @@ def fill(model: nn.Module, cache: list[Any], context: int, to_come: int = 0) -> 
         if hasattr(entry, "reserve"):
             entry.reserve(context + to_come)
         attention = layer.self_attn
-        size = (1, attention.num_key_value_heads, min(FILL_STEP, context), attention.head_dim)
+        heads = getattr(attention, "num_key_value_heads", None) or attention.n_kv_heads
+        D = getattr(attention, "head_dim", None) or attention.k_norm.weight.size
+        size = (1, heads, min(FILL_STEP, context), D)
         dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
         # Made once: what the numbers are does not matter, and fresh ones for each piece take time.
         keys, values = (mx.random.normal(size).astype(dtype) for _ in range(2))
