@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
+from router.fleet import Fleet
 from router.scripted import SSE, Script, Wire, answers, chunk, delta, says, whole
 from router.stack import Stack, stream_answer
 
@@ -335,3 +336,33 @@ def test_of_32_streams_under_a_killed_backend_those_without_a_byte_are_answered(
         answered = [o for o in outcomes if o == (sound.name, "other answer", None)]
         broken = [o for o in outcomes if o[0] == victim and o[1] == "one " and o[2]]
         assert (len(answered), len(broken)) == (16, 16)
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "plain"])
+def test_of_many_backends_each_fault_leads_on_to_the_next_until_one_answers(tmp_path, stream):
+    """Every row's fault at the first two of four; the third refuses connections."""
+    limits = {"router_first_token_seconds": LIMIT, "router_answer_seconds": LIMIT}
+    names = ("first", "second", "third", "last")
+    entries = {name: {"priority": place} for place, name in enumerate(names)}
+    with Fleet(tmp_path, {**limits, "router_stall_seconds": LIMIT}, **entries) as fleet:
+        for row in ROWS:
+            if (row.stream if stream else row.plain) != "other" or row.kind == "timeout":
+                continue
+            settle(fleet)
+            fleet["first"].script = fleet["second"].script = row.script(stream)
+            fleet["last"].script = says("last")
+            fleet.run(fleet["third"].stop())
+            response = fleet.chat(model="first:", stream=stream)
+            assert "last" in response.text, row.name
+            headers = response.headers
+            assert headers["x-tqstack-backend"] == "last", row.name
+            assert headers["x-tqstack-fallback-from"] == "first", row.name
+            assert headers["x-tqstack-reason"].count(row.kind) >= 2, row.name
+            # With all of them failing, the last one's error is the answer, and each was asked once.
+            for name in names:
+                fleet[name].seen.clear()
+            fleet["last"].script = answers(500, b'{"error": "the last one\'s"}')
+            response = fleet.chat(model="first:", stream=stream)
+            assert (response.status_code, "the last one's" in response.text) == (500, True)
+            assert [len(fleet[name].seen) for name in names if name != "third"] == [1, 1, 1]
+            fleet.run(fleet["third"].start())
