@@ -118,8 +118,9 @@ class Settings(BaseSettings):
     )
     sidecar_speculation: Literal["auto", "mtp", "lookup", "0"] = Field(
         "auto",
-        description="draft tokens and verify several in a step, where that is faster: mtp, the "
-        "model's own head; lookup, what came before in prompt and answer; auto: both; 0: never",
+        description="draft tokens and verify several in a step, where that is faster: lookup, what "
+        "came before in prompt and answer; mtp, the model's own head beside it; auto: lookup, "
+        "where the cache can take drafts back; 0: never",
     )
     sidecar_lazy_load: Switch = Field(
         "auto", description="load the model at the first request; auto: on a Mac with 32 GB or less"

@@ -40,7 +40,7 @@ def test_bench_speed_compares_each_drafter_with_none(tmp_path):
     assert result.returncode == 0, result.stderr
     rows = json.loads(out.read_text())["rows"]
     assert {row["task"] for row in rows} == {"code", "rewrite", "nothing"}
-    assert {row["mode"] for row in rows} == {"0", "mtp", "lookup", "auto"}
+    assert {row["mode"] for row in rows} == {"0", "lookup", "mtp"}
     assert all(row["same_tokens"] for row in rows)
     assert all(row["drafted"] == 0 for row in rows if row["mode"] == "0")
 

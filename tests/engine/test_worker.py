@@ -113,7 +113,7 @@ def test_a_step_that_fails_frees_what_its_jobs_held(runtime, text, monkeypatch):
         raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(worker._model), "_draw", broken)
+        patch.setattr(type(worker._model), "_tell", broken)
         worker.step()
     assert {answer(events, 0).code for _, events in jobs} == {"engine_error"}
     check(worker)

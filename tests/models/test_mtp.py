@@ -106,7 +106,7 @@ def test_a_head_that_lacks_weights_is_refused_with_what_to_do(tmp_path, monkeypa
     weights.pop("mtp.norm.weight")
     mx.save_safetensors(str(tmp_path / "mtp.safetensors"), weights)
     with pytest.raises(SettingsError, match="SIDECAR_SPECULATION=lookup"):
-        load_runtime(Settings(sidecar_model=str(tmp_path)))
+        load_runtime(Settings(sidecar_model=str(tmp_path), sidecar_speculation="mtp"))
     (tmp_path / "mtp.safetensors").unlink()
     with pytest.raises(SettingsError, match="hold no multi-token prediction"):
         load_runtime(Settings(sidecar_model=str(tmp_path), sidecar_speculation="mtp"))
@@ -178,15 +178,16 @@ def test_the_embedded_models_head_is_small_and_says_much_of_what_comes():
 
 
 def test_the_plan_counts_the_head_and_health_does_not():
-    runtime = load_runtime(Settings(sidecar_model="demo"))
-    without = load_runtime(Settings(sidecar_model="demo", sidecar_speculation="lookup"))
+    settings = Settings(sidecar_model="demo", sidecar_speculation="mtp")
+    runtime, without = load_runtime(settings), load_runtime(Settings(sidecar_model="demo"))
     assert isinstance(runtime.model, Predicting) and isinstance(without.model, nn.Module)
     assert runtime.describe() == without.describe()
     assert runtime.plan.per_token * 2 == without.plan.per_token * 3
     assert runtime.plan.weights > without.plan.weights
     assert runtime.fingerprint != without.fingerprint
     spec = read_spec("demo")
-    planned = plan_spec(Settings(sidecar_model="demo"), spec)
+    planned = plan_spec(settings, spec)
     for name in ("weights", "per_token", "tail", "drafts", "workspace"):
         assert getattr(planned, name) == pytest.approx(getattr(runtime.plan, name), rel=0.01)
     assert runtime.drafts.drafters == ("lookup", "mtp")
+    assert without.drafts.drafters == ("lookup",)

@@ -112,18 +112,17 @@ def modes(runtime: Runtime) -> dict[str, Runtime]:
     """The model with every choice of drafters that it has, and without; weights are shared.
 
     Args:
-        runtime: as SIDECAR_SPECULATION=auto loads it.
+        runtime: as SIDECAR_SPECULATION=mtp loads it, or lookup where the model has no head.
     """
-    model = runtime.model
-    body = model.body if isinstance(model, Predicting) else model
-    found = {"0": replace(runtime, model=body, drafts=NONE)}
-    for drafter in runtime.drafts.drafters:
-        own = model if drafter == "mtp" else body
-        drafts = replace(runtime.drafts, mode=drafter, drafters=(drafter,))
-        found[drafter] = replace(runtime, model=own, drafts=drafts)
-    if len(runtime.drafts.drafters) > 1:
-        found["auto"] = runtime
-    return found
+    if not isinstance(runtime.model, Predicting):
+        return {"0": replace(runtime, drafts=NONE), "lookup": runtime}
+    body = runtime.model.body
+    lookup = replace(runtime.drafts, mode="lookup", drafters=("lookup",), draft_seconds=0.0)
+    return {
+        "0": replace(runtime, model=body, drafts=NONE),
+        "lookup": replace(runtime, model=body, drafts=lookup),
+        "mtp": runtime,
+    }
 
 
 def measure(runtime: Runtime, sequences: int, generated: int, trials: int) -> Iterator[Row | None]:

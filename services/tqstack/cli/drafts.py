@@ -70,13 +70,26 @@ def _told(speculation: dict[str, Any], stats: dict[str, Any]) -> str:
     )
 
 
+def _has_head(model: str, bits: str) -> bool:
+    from tqstack.models.cache_spec import read_cache_spec
+    from tqstack.models.planning import head_of
+    from tqstack.models.spec import ModelNotFoundError, read_spec
+    from tqstack.settings import Settings
+
+    config = Settings(sidecar_model=model, tq_kv_bits=bits, sidecar_speculation="mtp")  # pyright: ignore
+    try:
+        return bool(head_of(config, read_spec(model), read_cache_spec(config)))
+    except ModelNotFoundError as error:
+        fail(str(error), 2)
+
+
 def bench(
     model: str, bits: str, sequences: int, generated: int, trials: int, output: Path | None
 ) -> None:
     """Speed with each drafter, as multiples of without."""
     from tqstack.bench.speculation import Row, measure, modes
 
-    runtime = runtime_of(model, bits, "auto")
+    runtime = runtime_of(model, bits, "mtp" if _has_head(model, bits) else "auto")
     if runtime.drafts.why_not:
         fail(f"there is nothing to measure: {runtime.drafts.why_not}", 1)
     count = len(modes(runtime))

@@ -122,7 +122,7 @@ def drafted_tokens(settings: Settings, cache: CacheSpec) -> int:
 
 def head_of(settings: Settings, spec: ModelSpec, cache: CacheSpec) -> dict[str, Tensor]:
     """The tensors of the model's multi-token prediction, if it is used; empty: it is not."""
-    wanted = settings.sidecar_speculation in ("auto", "mtp") and spec.path
+    wanted = settings.sidecar_speculation == "mtp" and spec.path
     # Boundary layers are counted from the cache's last entry, which would be the head's.
     possible = cache.codecs and not cache.boundary_layers
     if not wanted or not possible or spec.config.get("model_type") not in WITH_HEAD:

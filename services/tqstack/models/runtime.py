@@ -205,11 +205,10 @@ def _drafts(settings: Settings, cache: CacheSpec, model: nn.Module) -> Drafts:
             raise SettingsError(f"SIDECAR_SPECULATION={mode!r}: {why_not}; allowed: auto, 0")
         return Drafts(mode, why_not=why_not)
     seconds = verification.step_seconds(model, new_cache, 1 + MOST)
-    drafters = ("mtp",) if isinstance(model, Predicting) else ()
-    if mode != "mtp":
-        drafters = ("lookup", *drafters)
-    each = verification.draft_seconds(model, new_cache) if isinstance(model, Predicting) else 0.0
-    return Drafts(mode, drafters, None, seconds, each)
+    if not isinstance(model, Predicting):
+        return Drafts(mode, ("lookup",), None, seconds, 0.0)
+    each = verification.draft_seconds(model, new_cache)
+    return Drafts(mode, ("lookup", "mtp"), None, seconds, each)
 
 
 def fingerprint(
