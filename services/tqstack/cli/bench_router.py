@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from tqstack.cli.bench import numbers
 from tqstack.cli.common import console, fail
 
 
@@ -17,13 +18,19 @@ def bench_router(
     requests: Annotated[
         int, typer.Option(min=0, help="then so many more, to see whether memory stays flat")
     ] = 0,
+    backends: Annotated[
+        str, typer.Option(help="measure the router with so many backends, too, by commas: 2,10")
+    ] = "",
     output: Annotated[Path | None, typer.Option(help="Write the figures as JSON here.")] = None,
 ) -> None:
     """What the router costs: beside a direct connection, and nginx and LiteLLM if installed."""
     from tqstack.bench.router import run
 
+    counts = numbers(backends) if backends else []
+    if any(not 2 <= count <= 100 for count in counts):
+        fail(f"--backends {backends}: from 2 to 100 of them", 2)
     try:
-        targets = run(rounds, seconds, requests)
+        targets = run(rounds, seconds, requests, counts)
     except (OSError, RuntimeError) as error:
         fail(f"the measurement broke off: {error}", 1)
     if output:

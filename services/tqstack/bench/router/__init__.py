@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvloop
@@ -46,13 +47,16 @@ _ROWS = [
 ]
 
 
-def run(rounds: int = 3, seconds: float = 3.0, requests: int = 0) -> list[Target]:
+def run(
+    rounds: int = 3, seconds: float = 3.0, requests: int = 0, backends: Sequence[int] = ()
+) -> list[Target]:
     """Measures every target that is installed, and prints a table.
 
     Args:
         rounds: how often each measure is taken.
         seconds: how long a measure of throughput or streams lasts.
         requests: send so many more to the router at the end, to see whether its memory stays flat.
+        backends: measure the router with so many, too.
     """
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -64,7 +68,8 @@ def run(rounds: int = 3, seconds: float = 3.0, requests: int = 0) -> list[Target
         targets = [Target("direct", backend)]
         if nginx_path():
             targets.append(stack.enter_context(nginx(backend, Path(folder))))
-        targets.append(stack.enter_context(router(backend, Path(folder))))
+        for count in (1, *backends):
+            targets.append(stack.enter_context(router(backend, Path(folder), count)))
         if litellm_path():
             targets.append(stack.enter_context(litellm(backend, Path(folder))))
         uvloop.run(_measure(targets, backend, rounds, seconds))

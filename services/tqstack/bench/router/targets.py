@@ -91,17 +91,23 @@ def wait_for(port: int, seconds: float = 60) -> None:
 
 
 @contextlib.contextmanager
-def router(backend: int, folder: Path) -> Iterator[Target]:
-    port = free_port()
-    config = folder / "config.env"
+def router(backend: int, folder: Path, count: int = 1) -> Iterator[Target]:
+    """The router before so many backends, which are all the same one."""
+    port, name = free_port(), "tqstack" if count == 1 else f"tqstack, {count} backends"
+    config, backends = folder / f"config-{count}.env", folder / f"backends-{count}.toml"
+    backends.write_text(
+        "".join(
+            f'[[backend]]\nname = "b{i}"\nkind = "ollama"\nurl = "http://127.0.0.1:{backend}"\n'
+            for i in range(count)
+        )
+    )
     config.write_text(
-        f"ROUTER_PORT={port}\nSIDECAR_PORT={backend}\nOLLAMA_BASE_URL=http://127.0.0.1:{backend}\n"
-        "SIDECAR_ENABLED=0\nTQSTACK_LOG_LEVEL=warning\n"
+        f"ROUTER_PORT={port}\nROUTER_BACKENDS={backends}\nTQSTACK_LOG_LEVEL=warning\n"
     )
     command = [sys.executable, "-m", "tqstack", "router"]
     with running(command, True, env={**os.environ, "TQSTACK_CONFIG": str(config)}) as process:
         wait_for(port)
-        yield Target("tqstack", port, [process.pid])
+        yield Target(name, port, [process.pid])
 
 
 _NGINX = """
