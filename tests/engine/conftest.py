@@ -28,6 +28,12 @@ def runtime():
 
 
 @pytest.fixture(scope="session")
+def headed():
+    """The same with the model's own head of multi-token prediction."""
+    return load_runtime(Settings(sidecar_model="demo", sidecar_speculation="mtp"))
+
+
+@pytest.fixture(scope="session")
 def text():
     """Tokens of held-out text."""
     return [int(token) for token in demo_model.held_out_tokens()[:40_000]]

@@ -75,11 +75,11 @@ def test_greedy_answers_have_the_tokens_of_plain_decoding(eager, tiny, noise, na
 
 
 @pytest.mark.parametrize("drafters", [("mtp",), ("lookup", "mtp")])
-def test_the_models_own_head_changes_no_answer(eager, runtime, text, drafters):
+def test_the_models_own_head_changes_no_answer(eager, headed, text, drafters):
     starts, lengths = (0, 9000, 20_000, 33_000, 100), (60, 40, 30, 50, 1)
     prompts = [text[start : start + 120] for start in starts]
-    want = alone(plainly(runtime), prompts, lengths)
-    worker = eager(runtime, drafters)
+    want = alone(plainly(headed), prompts, lengths)
+    worker = eager(headed, drafters)
     jobs = [submit(worker, *job) for job in zip(prompts, lengths, strict=True)]
     assert finished(worker, *jobs) == want
     drafted, accepted = counts(worker)
@@ -88,15 +88,15 @@ def test_the_models_own_head_changes_no_answer(eager, runtime, text, drafters):
     # Its pairs are kept with the prefix, and it goes on from there.
     turn = prompts[0] + want[0] + text[500:540]
     cached = worker.totals["cached_tokens"]
-    assert alone(worker, [turn], [40]) == alone(plainly(runtime), [turn], [40])
+    assert alone(worker, [turn], [40]) == alone(plainly(headed), [turn], [40])
     assert worker.totals["cached_tokens"] > cached + 150
     assert empty(worker)
 
 
-def test_a_prompt_of_one_token_is_drafted_for_once_it_has_a_state(eager, runtime):
+def test_a_prompt_of_one_token_is_drafted_for_once_it_has_a_state(eager, headed):
     prompts = [[7], [9], [7]]
-    want = alone(plainly(runtime), prompts, [20] * 3)
-    worker = eager(runtime, ("lookup", "mtp"))
+    want = alone(plainly(headed), prompts, [20] * 3)
+    worker = eager(headed, ("lookup", "mtp"))
     jobs = [submit(worker, prompt, 20) for prompt in prompts]
     assert finished(worker, *jobs) == want and counts(worker)[1] > 0
 
@@ -234,13 +234,13 @@ def test_where_nothing_pays_no_step_is_longer_than_a_token(tiny, noise, monkeypa
     assert told["verify_steps"] == 0 and told["plain_steps"] >= 60
 
 
-def test_what_a_head_keeps_is_computed_with_every_token(runtime, text, monkeypatch):
+def test_what_a_head_keeps_is_computed_with_every_token(headed, text, monkeypatch):
     monkeypatch.setattr(StepTimes, "ratio", lambda *_: 9.0)
-    worker = Worker(runtime)
+    worker = Worker(headed)
     submit(worker, text[:60], 40)
     for _ in range(20):
         worker.step()
     mx.synchronize()
     graph = io.StringIO()
-    mx.export_to_dot(graph, *runtime.model.aside(worker._model.cache))
+    mx.export_to_dot(graph, *headed.model.aside(worker._model.cache))
     assert graph.getvalue().count("->") < 20  # of one token, and not of twenty

@@ -19,7 +19,7 @@ from tqstack.models.families import READERS, read_geometry
 from tqstack.models.load import load_model
 from tqstack.models.measure import layer_kinds, measure
 from tqstack.models.plan import Machine, prefill_workspace
-from tqstack.models.planning import plan_spec, read_facts
+from tqstack.models.planning import drafted_tokens, plan_spec, read_facts
 from tqstack.models.runtime import load_runtime
 from tqstack.models.safetensors import BrokenFileError
 from tqstack.models.spec import ModelSpec, read_spec
@@ -124,7 +124,8 @@ def test_the_plan_of_a_config_is_what_the_loaded_model_holds(
     if dtype != mx.float32:
         model = build(name, dtype=dtype)
         monkeypatch.setattr(mx, "gather_mm", in_float32)
-    measured, _ = measure(spec, model, read_cache_spec(settings), machine)
+    cache = read_cache_spec(settings)
+    measured, _ = measure(spec, model, cache, machine, drafted_tokens(settings, cache))
     assert plan_spec(settings, spec, machine, measured.weights) == measured
 
 
