@@ -210,9 +210,9 @@ class Exchange:
     def _ask(self, views: Mapping[str, View]) -> Ask:
         record, estimate = self._record, self._services.estimator.tokens
         name = split_model(record.model, frozenset(views))[1]
-        tokens = {
-            backend: estimate(view.name_for(name), self._size) for backend, view in views.items()
-        }
+        asked = {backend: view.name_for(name) for backend, view in views.items()}
+        by_model = {model: estimate(model, self._size) for model in set(asked.values())}
+        tokens = {backend: by_model[model] for backend, model in asked.items()}
         needs = self._endpoint.needs or needs_of(self._chat, self._size.images)
         background = self._background
         if len(views) == 1:  # nothing to choose

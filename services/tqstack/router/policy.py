@@ -175,12 +175,15 @@ def decide(ask: Ask, views: Mapping[str, View], threshold: int) -> Route:
     order, reason = _preference(ask, model, named, views, threshold)
     if prefix:
         reason = "prefix"
-    longest = _longest(enabled, model)
-    able = [view for view in order if _holds(view, model, ask, longest)]
+    contexts = {view.name: view.context(model) for view in enabled}
+    longest = max(filter(None, contexts.values()), default=None)
+    able = [view for view in order if _holds(view, contexts[view.name] or longest, ask)]
     if not able:
         raise _too_long(ask, model, order)
     # Where an estimate may be over what a backend would cut, another one is better.
-    able = [view for view in able if not (view.cuts and _may_cut(view, model, ask))] or able
+    able = [
+        view for view in able if not (view.cuts and _may_cut(view, contexts[view.name], ask))
+    ] or able
     capable = [view for view in able if not (ask.needs & view.lacks)] or able
     if not prefix:
         capable.sort(key=lambda view: bool(ask.needs & view.ignores))
@@ -294,19 +297,13 @@ def _check_known(written: str, model: str, enabled: list[View]) -> None:
     )
 
 
-def _longest(views: list[View], model: str) -> int | None:
-    return max((context for view in views if (context := view.context(model))), default=None)
-
-
-def _holds(view: View, model: str, ask: Ask, longest: int | None) -> bool:
+def _holds(view: View, context: int | None, ask: Ask) -> bool:
     """Whether the prompt fits. A backend that does not tell its context is trusted with what the
     longest known one holds, and no more."""
-    context = view.context(model) or longest
     return context is None or ask.tokens[view.name] * (1 - ask.slack) < context
 
 
-def _may_cut(view: View, model: str, ask: Ask) -> bool:
-    context = view.context(model)
+def _may_cut(view: View, context: int | None, ask: Ask) -> bool:
     if context is None or ask.slack >= 1:  # nothing is known, of the one or the other
         return False
     return ask.tokens[view.name] * (1 + ask.slack / 2) >= context
