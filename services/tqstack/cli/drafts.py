@@ -16,19 +16,24 @@ from tqstack.cli.common import console, fail
 
 def runtime_of(model: str, bits: str, mode: str) -> Any:
     """The model as the sidecar would run it; an error ends the command."""
-    from pydantic import ValidationError
-
     from tqstack.attention.dispatch import NotCompressedError
     from tqstack.models.runtime import load_runtime
+
+    try:
+        return load_runtime(_settings(model, bits, mode))
+    except (ValueError, OSError, NotCompressedError) as error:
+        fail(str(error), 2)
+
+
+def _settings(model: str, bits: str, mode: str) -> Any:
+    from pydantic import ValidationError
+
     from tqstack.settings import Settings
 
     try:
-        config = Settings(sidecar_model=model, tq_kv_bits=bits, sidecar_speculation=mode)  # pyright: ignore
-        return load_runtime(config)
+        return Settings(sidecar_model=model, tq_kv_bits=bits, sidecar_speculation=mode)  # pyright: ignore
     except ValidationError as error:
         fail(str(error.errors()[0]["msg"]), 2)
-    except (ValueError, OSError, NotCompressedError) as error:
-        fail(str(error), 2)
 
 
 def answer(runtime: Any, tokens: list[int], options: dict[str, Any]) -> Iterator[str]:
@@ -73,13 +78,12 @@ def _told(speculation: dict[str, Any], stats: dict[str, Any]) -> str:
 def _has_head(model: str, bits: str) -> bool:
     from tqstack.models.cache_spec import read_cache_spec
     from tqstack.models.planning import head_of
-    from tqstack.models.spec import ModelNotFoundError, read_spec
-    from tqstack.settings import Settings
+    from tqstack.models.spec import read_spec
 
-    config = Settings(sidecar_model=model, tq_kv_bits=bits, sidecar_speculation="mtp")  # pyright: ignore
+    config = _settings(model, bits, "mtp")
     try:
         return bool(head_of(config, read_spec(model), read_cache_spec(config)))
-    except ModelNotFoundError as error:
+    except (ValueError, OSError) as error:
         fail(str(error), 2)
 
 
