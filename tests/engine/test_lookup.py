@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tqstack.engine.depth import GAIN, STALE, Chance, StepTimes, Wish, depth
+from tqstack.engine.depth import GAIN, STALE, Chance, Prospect, StepTimes, depth
 from tqstack.engine.lookup import LONGEST, SHORTEST, Lookup
 
 few = st.lists(st.integers(0, 2), max_size=60)  # of three kinds: n-grams come again soon
@@ -50,21 +50,21 @@ def chance(rate):
     st.lists(st.floats(0.5, 9), min_size=5, max_size=5),
 )
 def test_a_depth_pays_and_none_is_deeper_than_what_could_be_drafted(sequences, seconds):
-    wishes = [Wish(chance(rate), most) for rate, most in sequences]
+    prospects = [Prospect(chance(rate), most) for rate, most in sequences]
     times = StepTimes(seconds)
-    found = depth(wishes, times)
-    assert 0 <= found <= max(wish.most for wish in wishes)
+    found = depth(prospects, times)
+    assert 0 <= found <= max(prospect.most for prospect in prospects)
     if found:
-        made = sum(w.chance.tokens(min(found, w.most)) for w in wishes) / len(wishes)
-        assert made > GAIN * times.ratio(len(wishes), 1 + found)
+        made = sum(w.chance.tokens(min(found, w.most)) for w in prospects) / len(prospects)
+        assert made > GAIN * times.ratio(len(prospects), 1 + found)
 
 
 def test_free_steps_are_used_to_the_full_and_dear_ones_not_at_all():
     free, dear = StepTimes([1.0] * 5), StepTimes([1, 9, 9, 9, 9])
-    assert depth([Wish(chance(0.9), 4)], free) == 4
-    assert depth([Wish(chance(0.9), 4)], dear) == 0
-    assert depth([Wish(chance(0.9), 4, cost=3)], free) == 0
-    assert depth([Wish(chance(0.0), 4)], free) == 0
+    assert depth([Prospect(chance(0.9), 4)], free) == 4
+    assert depth([Prospect(chance(0.9), 4)], dear) == 0
+    assert depth([Prospect(chance(0.9), 4, cost=3)], free) == 0
+    assert depth([Prospect(chance(0.0), 4)], free) == 0
     assert depth([], free) == 0
 
 

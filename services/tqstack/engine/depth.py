@@ -87,7 +87,7 @@ class Chance:
 
 
 @dataclass(frozen=True)
-class Wish:
+class Prospect:
     """What a sequence could have drafted.
 
     Attributes:
@@ -100,13 +100,15 @@ class Wish:
     cost: float = 0.0
 
 
-def depth(wishes: Sequence[Wish], times: StepTimes) -> int:
+def depth(prospects: Sequence[Prospect], times: StepTimes) -> int:
     """Drafts of a step for sequences that step together; each has no more of them than it could
     have. 0: they do not pay."""
-    sequences, best, found = len(wishes), GAIN, 0
-    for k in range(1, max((wish.most for wish in wishes), default=0) + 1):
-        made = sum(wish.chance.tokens(min(k, wish.most)) for wish in wishes) / sequences
-        drafting = k * max(wish.cost for wish in wishes)
+    sequences, best, found = len(prospects), GAIN, 0
+    for k in range(1, max((prospect.most for prospect in prospects), default=0) + 1):
+        made = (
+            sum(prospect.chance.tokens(min(k, prospect.most)) for prospect in prospects) / sequences
+        )
+        drafting = k * max(prospect.cost for prospect in prospects)
         speed = made / (times.ratio(sequences, 1 + k) + drafting)
         if speed > best:
             best, found = speed, k

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from tqstack.engine.agreement import ALONE, Agreement
-from tqstack.engine.depth import Chance, StepTimes, Wish, depth
+from tqstack.engine.depth import Chance, Prospect, StepTimes, depth
 from tqstack.engine.lookup import Lookup
 from tqstack.models.drafts import MOST, Drafts
 
@@ -51,15 +51,15 @@ class Drafting:
         self.by_head = False  # whether the head makes the next drafts
         self.drafted = self.accepted = 0
 
-    def expect(self, room: int, cost: float) -> Wish:
+    def expect(self, room: int, cost: float) -> Prospect:
         """What could be drafted, before the token that is fed next is known.
 
         Args:
             room: tokens that the answer may have behind it.
-            cost: of a draft of the head, as in `Wish`.
+            cost: of a draft of the head, as in `Prospect`.
         """
         self._expected = self._lookup.guess(1 + MOST) if self._lookup else []
-        return self._wish(bool(self._expected), min(room, MOST), cost)
+        return self._prospect(bool(self._expected), min(room, MOST), cost)
 
     def take(self, token: int) -> None:
         """This token is fed next."""
@@ -69,21 +69,21 @@ class Drafting:
         if self._lookup:
             self._lookup.append(token)
 
-    def propose(self, token: int, room: int, cost: float) -> tuple[Wish, list[int]]:
+    def propose(self, token: int, room: int, cost: float) -> tuple[Prospect, list[int]]:
         """What can be drafted behind `token`, which has been taken, and the look-up's drafts if
         those are better than the head's."""
         if token in self._ends:
-            return Wish(self._seen, 0), []
+            return Prospect(self._seen, 0), []
         found = self._lookup.guess(min(MOST, room)) if self._lookup else []
-        wish = self._wish(bool(found), min(room, MOST), cost)
-        return wish, [] if self.by_head else found
+        prospect = self._prospect(bool(found), min(room, MOST), cost)
+        return prospect, [] if self.by_head else found
 
-    def _wish(self, seen: bool, most: int, cost: float) -> Wish:
+    def _prospect(self, seen: bool, most: int, cost: float) -> Prospect:
         """By the drafter that is right more often; the look-up costs nothing."""
         self.by_head = self._head is not None and not (seen and self._seen.rate >= self._head.rate)
         if self.by_head and self._head is not None:
-            return Wish(self._head, most, cost)
-        return Wish(self._seen, most if seen else 0)
+            return Prospect(self._head, most, cost)
+        return Prospect(self._seen, most if seen else 0)
 
     def until_end(self, drafts: list[int]) -> list[int]:
         """None behind the answer's end."""
@@ -139,11 +139,11 @@ class Speculation:
         """Of a draft of the head, as a share of a step of one token."""
         return self._draft_seconds / self.times.one
 
-    def depth(self, wishes: Sequence[Wish]) -> int:
+    def depth(self, prospects: Sequence[Prospect]) -> int:
         """Drafts that pay; now and then one by the head though it does not, to see whether it is
         right more often than it was."""
-        found = depth(wishes, self.times)
-        if not found and self._since >= PROBE and any(w.cost and w.most for w in wishes):
+        found = depth(prospects, self.times)
+        if not found and self._since >= PROBE and any(w.cost and w.most for w in prospects):
             return 1
         return found
 

@@ -21,7 +21,7 @@ import mlx.nn as nn
 from tqstack.engine import caches, logprobs
 from tqstack.engine.agreement import ALONE, Agreement
 from tqstack.engine.caches import Cache
-from tqstack.engine.depth import Chance, Wish
+from tqstack.engine.depth import Chance, Prospect
 from tqstack.engine.drawing import Drawer, Mark
 from tqstack.engine.jobs import Job
 from tqstack.engine.logprobs import Logprob
@@ -92,7 +92,7 @@ class Told:
 
 
 NOTHING_TOLD = Told({})
-NO_WISH = Wish(Chance(), 0)
+NO_PROSPECT = Prospect(Chance(), 0)
 
 
 class Model:
@@ -190,8 +190,10 @@ class Model:
     def _expected(self) -> list[int] | None:
         """The tokens that are fed next, if drafts may pay; else they are not waited for."""
         cost = self.speculation.cost
-        wishes = [r.drafting.expect(r.room, cost) if r.drafting else NO_WISH for r in self.batch]
-        if not self.speculation.depth(wishes):
+        prospects = [
+            r.drafting.expect(r.room, cost) if r.drafting else NO_PROSPECT for r in self.batch
+        ]
+        if not self.speculation.depth(prospects):
             return None
         assert self._next is not None
         known: list[int] = self._next.tolist()  # pyright: ignore
@@ -206,11 +208,11 @@ class Model:
         found = [
             running.drafting.propose(token, running.room, cost)
             if running.drafting
-            else (NO_WISH, [])
+            else (NO_PROSPECT, [])
             for running, token in zip(self.batch, known, strict=True)
         ]
-        depth = self.speculation.depth([wish for wish, _ in found])
-        drafts = [own[: min(depth, wish.most)] for wish, own in found]
+        depth = self.speculation.depth([prospect for prospect, _ in found])
+        drafts = [own[: min(depth, prospect.most)] for prospect, own in found]
         for i, own in self._heads(depth).items():
             drafts[i] = own[: found[i][0].most]
         return [
