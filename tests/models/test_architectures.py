@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -28,8 +29,9 @@ from tqstack.turboquant.kv_codecs import KVCodecs
 
 ROUNDING = 2e-4  # of logits of the order of 1, in float32
 # Products of other sizes round otherwise, and a value on the boundary of two codes may then get the
-# other one. Keys that are packed where they should be exact differ by 0.02 and more.
-OTHER_CODES = 5e-3
+# other one, which moves a few logits a lot. Keys that are packed where they should be exact move
+# most of them by more than this.
+OTHER_CODES = 1e-3
 PLAIN = CacheSpec(None)
 FOUR_BITS = CacheSpec(KVCodecs.parse(4))
 EIGHT_BITS = CacheSpec(KVCodecs.parse(8))
@@ -69,6 +71,11 @@ def distance(a: mx.array, b: mx.array) -> float:
     return (mx.abs(a - b).max() / mx.std(b)).item()
 
 
+def typical_distance(a: mx.array, b: mx.array) -> float:
+    """The median difference, beside the spread of the values."""
+    return (mx.median(mx.abs(a - b)) / mx.std(b)).item()
+
+
 def test_every_softmax_layer_is_proven_to_be_compressed(name, model):
     spec = ModelSpec.of(name, "", CONFIGS[name])
     cache = FOUR_BITS.make(model)
@@ -99,8 +106,11 @@ def test_a_fork_and_what_it_was_forked_from_go_on_as_a_cold_cache(model):
     fork = copy.deepcopy(warm)
     for cache in (fork, warm):
         assert mx.array_equal(read(model, cache, rest), want)
-    once = read(model, FOUR_BITS.make(model), prompt, chunk=420)
-    assert distance(once[:, 300:], want) < OTHER_CODES
+    once, packed = (
+        read(model, cache.make(model), prompt, chunk=420)[:, 300:]
+        for cache in (FOUR_BITS, replace(FOUR_BITS, exact_tokens=0))
+    )
+    assert typical_distance(once, want) < OTHER_CODES < typical_distance(packed, want)
 
 
 def test_logits_of_8_bits_are_near_those_of_the_plain_cache(model):

