@@ -67,6 +67,15 @@ def test_whole_blocks_of_tokens_can_stay_exact(monkeypatch, tokens):
     assert load_settings().tq_exact_tokens == tokens
 
 
+def test_a_file_that_is_named_must_be_there_unless_it_is_the_usual_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("TQSTACK_CONFIG", str(tmp_path / "mine.env"))
+    with pytest.raises(SettingsError, match=r"mine.env'.*no such file"):
+        load_settings()
+    # As a service names it, which was installed before any setting was written.
+    monkeypatch.setenv("TQSTACK_CONFIG", str(tmp_path / "ai/turboquant/config.env"))
+    assert load_settings().router_port == 8000
+
+
 @pytest.mark.parametrize("where", ["file", "environment"])
 def test_an_unknown_setting_is_an_error_wherever_it_stands(tmp_path, monkeypatch, where):
     if where == "file":

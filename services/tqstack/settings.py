@@ -312,7 +312,8 @@ def load_settings() -> Settings:
         SettingsError: an unknown setting, or a value that is not allowed.
     """
     path = config_path()
-    if not path.exists() and os.environ.get("TQSTACK_CONFIG"):
+    # Services name the file, which need not be there where it always is.
+    if not path.exists() and path != Path(DEFAULT_CONFIG).expanduser():
         raise SettingsError(f"TQSTACK_CONFIG={str(path)!r}: there is no such file")
     for name in os.environ:
         if name.startswith(OUR_PREFIXES) and name not in (*_names(), "TQSTACK_CONFIG"):

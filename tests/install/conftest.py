@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from installed import Installation, install
 from processes import clean_environment
 
 ROOT = Path(__file__).parents[2]
@@ -105,3 +106,9 @@ def machine(tmp_path) -> Iterator[Machine]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> Installation:
+    """The wheel, installed; HOME is to stay empty."""
+    return install(tmp_path_factory.mktemp("wheel"))

@@ -112,10 +112,14 @@ def test_the_command_from_install_to_uninstall_leaves_no_file(folder, tmp_path):
     home = tmp_path / "user"
     home.mkdir()
     assert service(home, folder, "status").returncode == 1
+    planned = service(home, folder, "install", "--dry-run").stdout
+    assert [path for path in home.rglob("*") if path.is_file()] == []
     result = service(home, folder, "install")
     assert result.returncode == 0, result.stderr
     found = json.loads(service(home, folder, "status", "--json").stdout)
     assert [(one["name"], one["pid"]) for one in found] == [("router", 4711), ("sidecar", 4711)]
+    for unit in (home / ".config/systemd/user").glob("*.service"):
+        assert str(unit) in planned and unit.read_text() in planned
     logs = home / ".local/state/tqstack"
     (logs / "router.log").write_text("one\ntwo\n")
     (logs / "router.log.1").write_text("older\n")

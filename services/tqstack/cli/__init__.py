@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from tqstack.cli.bench import app as bench
@@ -37,6 +40,22 @@ bench.command("agent")(bench_agent)
 groups = {"bench": bench, "config": config, "key": key, "model": model, "service": service}
 for name, group in groups.items():
     app.add_typer(group, name=name)
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("tqstack"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    tell_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

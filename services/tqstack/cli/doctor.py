@@ -69,7 +69,7 @@ def _packages() -> Iterator[Finding]:
         yield Finding("packages", "ok", ", ".join(found))
     if missing:
         yield Finding(
-            "packages", "wrong", f"missing: {', '.join(missing)}", "run bash scripts/setup.sh"
+            "packages", "wrong", f"missing: {', '.join(missing)}", "install tqstack again"
         )
 
 

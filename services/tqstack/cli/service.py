@@ -45,10 +45,21 @@ def installed(place: Place) -> list[Name]:
 
 
 @app.command()
-def install() -> None:
+def install(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be written; change nothing.")
+    ] = False,
+) -> None:
     """Write the services' definitions and start them, now and at every login."""
     config, place = settings(), this_place()
     chosen: list[Name] = ["router", "sidecar"] if config.runs_sidecar else ["router"]
+    if dry_run:
+        for name in chosen:
+            path, content = manager(place).definition(name)
+            typer.echo(f"{name}: {path} would be written, and the service started:\n")
+            typer.echo(content.decode())
+        typer.echo("nothing was changed")
+        return
     with explained():
         for name in NAMES:
             if name in chosen:

@@ -49,6 +49,10 @@ class Status:
 class Manager(Protocol):
     """What runs services. Every call may be repeated, and raises ServiceError."""
 
+    def definition(self, name: Name) -> tuple[Path, bytes]:
+        """The file that `install` writes, and what it holds."""
+        ...
+
     def install(self, name: Name) -> None:
         """Write the definition, start the service, and have it started at every login."""
         ...
@@ -74,7 +78,21 @@ def this_place() -> Place:
     logs = home / "Library/Logs/tqstack"
     if sys.platform != "darwin":
         logs = Path(os.environ.get("XDG_STATE_HOME") or home / ".local/state") / "tqstack"
-    return Place(home, Path(sys.executable).absolute(), config_path().absolute(), logs)
+    python = lasting(Path(sys.executable).absolute())
+    return Place(home, python, config_path().absolute(), logs)
+
+
+def lasting(path: Path) -> Path:
+    """The name of a file that an upgrade does not take away.
+
+    Homebrew keeps each version in `Cellar/NAME/VERSION`; `opt/NAME` is a link to the newest.
+    """
+    prefix, cellar, rest = str(path).partition("/Cellar/")
+    if not cellar:
+        return path
+    name, _, *below = rest.split("/")
+    linked = Path(prefix, "opt", name, *below)
+    return linked if linked.exists() else path
 
 
 def manager(place: Place) -> Manager:

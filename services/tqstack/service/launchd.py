@@ -75,9 +75,12 @@ class Launchd:
     def plist(self, name: Name) -> Path:
         return self._place.home / "Library/LaunchAgents" / f"{label(name)}.plist"
 
+    def definition(self, name: Name) -> tuple[Path, bytes]:
+        return self.plist(name), render(name, self._place)
+
     def install(self, name: Name) -> None:
         self._place.logs.mkdir(parents=True, exist_ok=True)
-        write(self.plist(name), render(name, self._place))
+        write(*self.definition(name))
         self.stop(name)
         self.start(name)
 

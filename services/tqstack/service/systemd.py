@@ -77,9 +77,12 @@ class Systemd:
         base = os.environ.get("XDG_CONFIG_HOME") or self._place.home / ".config"
         return Path(base) / "systemd/user" / unit_name(name)
 
+    def definition(self, name: Name) -> tuple[Path, bytes]:
+        return self.unit(name), render(name, self._place)
+
     def install(self, name: Name) -> None:
         self._place.logs.mkdir(parents=True, exist_ok=True)
-        write(self.unit(name), render(name, self._place))
+        write(*self.definition(name))
         self._check("daemon-reload")
         self._check("enable", unit_name(name))
         self._check("restart", unit_name(name))
