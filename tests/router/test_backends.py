@@ -25,6 +25,18 @@ def test_a_good_probe_is_kept_and_not_repeated():
         assert stack.ollama.probes == 2  # /v1/models and /api/ps
 
 
+def test_a_view_is_made_anew_only_when_a_probe_or_failures_change_it():
+    with Stack() as stack:
+        backend = stack.app.state.services.backends["sidecar"]
+        stack.probe()
+        before = backend.view()
+        stack.chat(LONG)
+        assert backend.view() is before
+        stack.sidecar.models = ["another"]
+        stack.probe()
+        assert list(backend.view().models) == ["another"]
+
+
 def test_after_a_failure_it_is_probed_again_at_once():
     with Stack() as stack:
         stack.chat()

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tqstack.openai_api.errors import ApiError
-from tqstack.router.policy import PREFIXES, Ask, View, decide, split_model, threshold_for
+from tqstack.router import policy
+from tqstack.router.offers import PREFIXES, Offers, View, offers_of, split_model
+from tqstack.router.policy import Ask, Route, threshold_for
 
 THRESHOLD = 1000
 SIDECAR = {"models": {"demo": 100_000}, "own_model": "demo", "kind": "sidecar", "role": "long"}
@@ -45,11 +47,16 @@ def cutting(sidecar="up"):
 
 
 def ask(model="auto", tokens=10, **facts):
-    return Ask(model, {"sidecar": tokens, "ollama": tokens}, **facts)
+    return model, Ask({"sidecar": tokens, "ollama": tokens}, **facts)
+
+
+def decide(request, seen) -> Route:
+    model, asked = request
+    return policy.decide(asked, Offers(tuple(seen.values()), model), THRESHOLD)
 
 
 def route(request, seen):
-    first, *others = decide(request, seen, THRESHOLD).candidates
+    first, *others = decide(request, seen).candidates
     following = others[0].backend if others else None
     return first.backend, first.reason, first.fallback_from, following
 
@@ -108,8 +115,8 @@ def route(request, seen):
         # Titles and tags stay away from a sidecar that is at work.
         (ask(tokens=5000, background=True), views(), ("sidecar", "long-prompt", None, "ollama")),
         (
-            ask(tokens=5000, background=True),
-            views(busy=True),
+            ask(tokens=5000, background=True, busy=frozenset({"sidecar"})),
+            views(),
             ("ollama", "background", None, "sidecar"),
         ),
     ],
@@ -135,9 +142,9 @@ def test_decisions(request_, seen, expected):
 def test_names(model, backend, name):
     if backend is None:
         with pytest.raises(ApiError, match="no model"):
-            decide(ask(model), views(), THRESHOLD)
+            decide(ask(model), views())
     else:
-        first = decide(ask(model), views(), THRESHOLD).candidates[0]
+        first = decide(ask(model), views()).candidates[0]
         assert (first.backend, first.model) == (backend, name)
 
 
@@ -145,8 +152,8 @@ REPLICAS = {name: View(name, "up", {"m": 100_000}, "m", role="any") for name in 
 
 
 def choose(warm, seconds, **facts):
-    request = Ask("m", dict.fromkeys(seconds, 800), warm=warm, seconds=seconds, **facts)
-    first = decide(request, {name: REPLICAS[name] for name in seconds}, THRESHOLD).candidates[0]
+    request = "m", Ask(dict.fromkeys(seconds, 800), warm=warm, seconds=seconds, **facts)
+    first = decide(request, {name: REPLICAS[name] for name in seconds}).candidates[0]
     return first.backend, first.reason
 
 
@@ -171,10 +178,10 @@ def test_a_prompt_goes_where_its_first_token_comes_first(warm, seconds, expected
 
 def test_a_warm_prefix_comes_before_priority():
     seen = {"a": REPLICAS["a"], "b": replace(REPLICAS["b"], priority=1)}
-    cold = Ask("m", dict.fromkeys(seen, 800))
-    assert decide(cold, seen, THRESHOLD).candidates[0].reason == "priority"
+    cold = Ask(dict.fromkeys(seen, 800))
+    assert decide(("m", cold), seen).candidates[0].reason == "priority"
     request = replace(cold, warm={"b": 700})
-    assert decide(request, seen, THRESHOLD).candidates[0].backend == "b"
+    assert decide(("m", request), seen).candidates[0].backend == "b"
 
 
 def test_a_conversation_that_crossed_the_threshold_does_not_go_back():
@@ -186,9 +193,15 @@ def test_a_conversation_that_crossed_the_threshold_does_not_go_back():
     assert route(ask(tokens=1000, warm=warm), views())[:2] == ("sidecar", "long-prompt")
 
 
+def test_what_a_name_means_is_worked_out_once_while_no_view_changes():
+    seen = tuple(views().values())
+    assert offers_of(seen, "tq:demo") is offers_of(seen, "tq:demo")
+    assert offers_of(tuple(views("down").values()), "tq:demo").all[0].view.state == "down"
+
+
 def test_a_name_is_unknown_only_when_every_list_is_known():
     seen = {**views(), "ollama": View("ollama", "up")}
-    assert decide(ask("new-model"), seen, THRESHOLD).candidates[0].model == "new-model"
+    assert decide(ask("new-model"), seen).candidates[0].model == "new-model"
 
 
 @pytest.mark.parametrize(
@@ -201,22 +214,22 @@ def test_a_name_is_unknown_only_when_every_list_is_known():
 )
 def test_with_nobody_there_the_error_is_503_and_says_when_to_ask_again(sidecar, ollama, code):
     with pytest.raises(ApiError) as error:
-        decide(ask(), views(sidecar, ollama), THRESHOLD)
+        decide(ask(), views(sidecar, ollama))
     assert (error.value.status, error.value.code) == (503, code)
     assert error.value.retry_after
 
 
 def test_an_estimate_within_its_slack_of_the_context_is_not_refused():
-    route = decide(ask(tokens=9_000, slack=0.25), views("down"), THRESHOLD)
+    route = decide(ask(tokens=9_000, slack=0.25), views("down"))
     assert route.candidates[0].backend == "ollama"
     with pytest.raises(ApiError) as error:
-        decide(ask(tokens=11_000, slack=0.25), views("off"), THRESHOLD)
+        decide(ask(tokens=11_000, slack=0.25), views("off"))
     assert error.value.code == "context_length_exceeded"
 
 
 def test_a_prompt_over_every_known_context_is_refused_though_one_backend_tells_none():
     with pytest.raises(ApiError) as error:
-        decide(ask("qwen", 200_000), views(), THRESHOLD)
+        decide(ask("qwen", 200_000), views())
     assert error.value.code == "context_length_exceeded"
     assert "200000" in error.value.message and "100000" in error.value.message
 
@@ -264,7 +277,6 @@ def fleets(draw):
             kind=kind,
             role=draw(st.sampled_from(["short", "long", "any"])),
             priority=draw(st.integers(0, 2)),
-            busy=draw(st.booleans()),
             lacks=draw(NEEDS),
             ignores=draw(NEEDS),
             cuts=draw(st.booleans()),
@@ -284,9 +296,10 @@ def fleets(draw):
 def test_candidates_are_there_hold_the_prompt_and_come_once(
     seen, tokens, model, slack, needs, background
 ):
-    request = Ask(model, dict.fromkeys(seen, tokens), slack, needs, background)
+    busy = frozenset(seen) if background else frozenset()
+    request = model, Ask(dict.fromkeys(seen, tokens), slack, needs, background, busy=busy)
     try:
-        route = decide(request, seen, THRESHOLD)
+        route = decide(request, seen)
     except ApiError as error:
         assert error.status in (400, 503)
         return
@@ -321,5 +334,5 @@ def test_a_prefix_of_a_kind_is_answered_by_it_while_one_is_well(seen, tokens, ki
     if not any(v.state == "up" and (v.context("") or 10_000) > 900 for v in meant):
         return
     views_ = {name: replace(v, cuts=False, models={}) for name, v in seen.items()}
-    first = decide(Ask(prefix, dict.fromkeys(seen, tokens)), views_, THRESHOLD).candidates[0]
+    first = decide((prefix, Ask(dict.fromkeys(seen, tokens))), views_).candidates[0]
     assert first.backend in {v.name for v in meant}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,16 +21,8 @@ from tqstack.router.exact import NEAR
 from tqstack.router.failure import Failure, loop_detected
 from tqstack.router.journal import Record
 from tqstack.router.needs import is_background, needs_of
-from tqstack.router.policy import (
-    Ask,
-    Candidate,
-    Route,
-    View,
-    decide,
-    measure_of_length,
-    split_model,
-    threshold_for,
-)
+from tqstack.router.offers import Offers, View, offers_of
+from tqstack.router.policy import Ask, Candidate, Route, decide, threshold_for
 from tqstack.router.prefill import begun_by
 from tqstack.router.prefixes import Boundary, boundaries
 from tqstack.router.relay import Relay
@@ -44,6 +36,7 @@ log = logging.getLogger(__name__)
 _SLACK = 0.25
 _CHAT = "/v1/chat/completions"
 _AMENDED = frozenset({_CHAT, "/v1/completions"})
+_NOBODY: frozenset[str] = frozenset()
 _MOST_HOPS = 4  # from router to router
 _WORTH_CACHING = 256  # tokens: backends keep whole blocks
 _EXPENSIVE_SECONDS = 10.0  # a failure after so long is not worth the SDK's automatic retries
@@ -133,7 +126,7 @@ class Exchange:
         chosen = untried.pop(loads.index(load))
         if chosen is not first:
             reason = f"{first.backend}-full"
-            chosen = replace(chosen, reason=reason, fallback_from=first.backend)
+            chosen = chosen._replace(reason=reason, fallback_from=first.backend)
         untried.insert(0, chosen)
         return load
 
@@ -165,37 +158,40 @@ class Exchange:
 
     async def _decide(self) -> Route:
         record, backends = self._record, self._backends.values()
-        if not all(backend.health.asked for backend in backends):
+        if not all(backend.probe.health.asked for backend in backends):
             await self._look()
-        views = self._views()
-        ask, measure = self._ask(views), measure_of_length(views)
+        offers = self._offers()
+        ask, measure = self._ask(offers), offers.measure
         threshold = threshold_for(self._services.settings.prompt_token_threshold, measure)
         record.estimate = next(iter(ask.tokens.values()))
         if measure:
             ask = await self._counted(ask, measure, threshold)
             record.estimate = ask.tokens[measure.name]
         try:
-            route = decide(ask, views, threshold)
+            route = decide(ask, offers, threshold)
         except ApiError as error:
             if error.status != 503:
                 raise
             # Nobody is there, by the last probe; perhaps somebody is now.
             await self._look()
-            route = decide(ask, self._views(), threshold)
+            offers = self._offers()
+            route = decide(self._ask(offers), offers, threshold)
         self._choose(route.candidates[0])
         return route
 
-    def _views(self) -> dict[str, View]:
+    def _offers(self) -> Offers:
         """Of the backends that may answer.
 
         Raises:
-            ApiError: 508, if the request has come from each of them.
+            ApiError: 400, if none of them has the model; 508, if the request has come from each.
         """
         been = {*self._via, self._services.id}
-        views = {b.name: b.view() for b in self._backends.values() if b.router_id not in been}
-        if not views or self._services.id in self._via or len(self._via) >= _MOST_HOPS:
+        views = [backend.view() for backend in self._backends.values()]
+        views = tuple(view for view in views if view.router not in been)
+        alone = all(view.state == "off" for view in views)
+        if alone or self._services.id in self._via or len(self._via) >= _MOST_HOPS:
             raise loop_detected(self._via)
-        return views
+        return offers_of(views, self._record.model)
 
     async def _look(self) -> None:
         await asyncio.gather(*(backend.probe.check() for backend in self._backends.values()))
@@ -207,25 +203,23 @@ class Exchange:
         tokens = await self._services.counter.count(self._chat)
         return replace(ask, tokens={**ask.tokens, measure.name: tokens}) if tokens else ask
 
-    def _ask(self, views: Mapping[str, View]) -> Ask:
-        record, estimate = self._record, self._services.estimator.tokens
-        name = split_model(record.model, frozenset(views))[1]
-        asked = {backend: view.name_for(name) for backend, view in views.items()}
-        by_model = {model: estimate(model, self._size) for model in set(asked.values())}
-        tokens = {backend: by_model[model] for backend, model in asked.items()}
+    def _ask(self, offers: Offers) -> Ask:
+        estimate, backends = self._services.estimator.tokens, self._backends
+        by_model = {model: estimate(model, self._size) for model in offers.models}
+        tokens = {offer.backend: by_model[offer.model] for offer in offers.all}
         needs = self._endpoint.needs or needs_of(self._chat, self._size.images)
         background = self._background
-        if len(views) == 1:  # nothing to choose
-            return Ask(record.model, tokens, self._slack, needs, background)
-        self._prompt = boundaries(name, self._chat)
+        busy = frozenset(name for name in tokens if backends[name].busy) if background else _NOBODY
+        if len(tokens) == 1:  # nothing to choose
+            return Ask(tokens, self._slack, needs, background, busy=busy)
+        self._prompt = boundaries(offers.model, self._chat)
         self._read = self._services.prefixes.warm(self._prompt)
-        loads = {backend: self._backends[backend].load for backend in views}
-        warm = {b: loads[b].warm(read) for b, read in self._read.items() if b in loads}
+        warm = {b: backends[b].load.warm(read) for b, read in self._read.items() if b in tokens}
         seconds = {
-            backend: load.seconds(max(0, tokens[backend] - warm.get(backend, 0)))
-            for backend, load in loads.items()
+            backend: backends[backend].load.seconds(max(0, count - warm.get(backend, 0)))
+            for backend, count in tokens.items()
         }
-        return Ask(record.model, tokens, self._slack, needs, background, warm, seconds)
+        return Ask(tokens, self._slack, needs, background, warm, seconds, busy)
 
     def _choose(self, candidate: Candidate) -> None:
         self._record.chosen, self._record.estimate = candidate, candidate.tokens

@@ -12,7 +12,8 @@ from tqstack.openai_api.guard import CLIENT
 from tqstack.router.catalog import find_model, list_models
 from tqstack.router.keys import OWNER
 from tqstack.router.needs import FEATURES
-from tqstack.router.policy import measure_of_length, threshold_for
+from tqstack.router.offers import measure_of_length
+from tqstack.router.policy import threshold_for
 from tqstack.router.reload import reload as read_backends
 from tqstack.router.services import Services
 from tqstack.settings import SettingsError
@@ -84,8 +85,8 @@ async def metrics(request: Request) -> Response:
 def _summary(services: Services) -> dict:
     backends = {backend.name: backend.report() for backend in services.backends.values()}
     alive = any(report["state"] in ("up", "sick") for report in backends.values())
-    measure = measure_of_length({b.name: b.view() for b in services.backends.values()})
-    views = [backend.view() for backend in services.backends.values()]
+    views = tuple(backend.view() for backend in services.backends.values())
+    measure = measure_of_length(views)
     able = [view for view in views if view.state in ("up", "sick")]
     lacking = [view.lacks | view.ignores for view in able]
     return {

@@ -15,7 +15,7 @@ from tqstack.router.backends.ollama import LEAST, Contexts
 from tqstack.router.backends.probe import Health, Probe, is_router
 from tqstack.router.failure import Failure, too_long
 from tqstack.router.needs import FEATURES
-from tqstack.router.policy import Kind, State, View
+from tqstack.router.offers import Kind, State, View
 from tqstack.router.upstream import Upstream, UpstreamError
 
 _CHAT_ONLY = ("/v1/responses", "/v1/messages")  # sidecar, Ollama: translated by the router
@@ -65,7 +65,7 @@ class Backend:
         )
         # Answered with 404; asked again after it was away.
         self._unsupported_paths: set[str] = set(self._never_supported)
-        self._views: dict[tuple[State, bool], View] = {}
+        self._views: dict[State, View] = {}
 
     @cached_property
     def _never_supported(self) -> tuple[str, ...]:
@@ -104,17 +104,22 @@ class Backend:
         """Of another router like this one."""
         return self.health.report["id"] if is_router(self.health.report) else None
 
+    @property
+    def busy(self) -> bool:
+        """Whether it has requests running, ours or others."""
+        return bool(self.load.running or self.health.running)
+
     def view(self) -> View:
-        state = self.health.state
+        """What is known of it; the same object while that does not change."""
+        state = self.probe.health.state
         if state == "up" and self.load.sick:
             state = "sick"
-        key = (state, bool(self.load.running or self.health.running))
-        view = self._views.get(key)
+        view = self._views.get(state)
         if view is None:
-            view = self._views[key] = self._make_view(*key)
+            view = self._views[state] = self._make_view(state)
         return view
 
-    def _make_view(self, state: State, busy: bool) -> View:
+    def _make_view(self, state: State) -> View:
         definition = self.definition
         models = {entry["id"]: _context(entry) for entry in self.models}
         own = definition.default_model or next(iter((*definition.models, *models)), "")
@@ -140,10 +145,10 @@ class Backend:
             self.kind,
             definition.role,
             definition.priority,
-            busy,
             lacks,
             ignores,
             cuts=self.is_ollama,
+            router=self.router_id,
         )
 
     async def check_context(self, model: str, tokens: float, seconds: float) -> None:

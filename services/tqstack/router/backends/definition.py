@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from tqstack.router.policy import PREFIXES, Kind, Role
+from tqstack.router.offers import PREFIXES, Kind, Role
 from tqstack.settings import Settings, SettingsError, base_url
 
 _ROLES: dict[Kind, Role] = {"sidecar": "long", "ollama": "short", "openai": "any"}

@@ -53,7 +53,7 @@ class Load:
     @property
     def sick(self) -> bool:
         """It has failed too often to be sent another request now."""
-        return not self.breaker.admits(time.monotonic())
+        return not self.breaker.closed and not self.breaker.admits(time.monotonic())
 
     def seconds(self, tokens: int) -> float:
         """Until the first token of a prompt with so many unread tokens, if it came now."""

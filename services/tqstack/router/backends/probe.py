@@ -12,7 +12,7 @@ from typing import Any
 
 from tqstack.router.backends.address import Address
 from tqstack.router.backends.ollama import Contexts
-from tqstack.router.policy import State
+from tqstack.router.offers import State
 from tqstack.router.upstream import UpstreamError
 
 log = logging.getLogger(__name__)
