@@ -77,7 +77,7 @@ def on_cuda(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled, "architecture", lambda: "sm_90a")
     monkeypatch.setattr(compiled, "nvrtc", lambda: None)
     monkeypatch.setattr(compiled, "machine_code", machine_code)
-    monkeypatch.setattr(program, "backend", lambda: "cuda")
+    monkeypatch.setattr(program, "gpu_dialect", lambda: "cuda")
     launched = []
     monkeypatch.setattr(
         mx.fast,

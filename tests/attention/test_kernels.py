@@ -81,7 +81,7 @@ def test_vectors_that_cannot_be_stored_become_zeros():
 def on_gpu(monkeypatch):
     """As if there were a GPU about whose kernels nothing is known yet."""
     monkeypatch.setattr(trust, "_found", {})
-    monkeypatch.setattr(trust, "backend", lambda: "cuda")
+    monkeypatch.setattr(trust, "gpu_dialect", lambda: "cuda")
 
 
 def short_queries():
@@ -163,7 +163,7 @@ def test_what_agreed_is_not_compared_again_at_the_next_start(on_gpu, monkeypatch
 
 
 def test_without_a_gpu_no_kernel_is_trusted(monkeypatch):
-    monkeypatch.setattr(trust, "backend", lambda: None)
+    monkeypatch.setattr(trust, "gpu_dialect", lambda: None)
     codec = make_codec("tq4", 64)
     assert not trust.trusted("encode", codec, codec, mx.float32)
 

@@ -87,7 +87,7 @@ def test_an_unknown_mask_name_is_an_error():
 
 @pytest.mark.parametrize("device", [None, "cuda"])  # where MLX queues deeply, it has to wait
 def test_peak_memory_of_a_prefill_step_does_not_grow_with_the_context(monkeypatch, device):
-    monkeypatch.setattr(tiled, "backend", lambda: device)
+    monkeypatch.setattr(tiled, "gpu_dialect", lambda: device)
     monkeypatch.setattr(tiled, "KEY_TILE", 256)
     monkeypatch.setattr(tiled, "QUERY_TILE", 128)
     monkeypatch.setattr(tiled, "IN_FLIGHT", 1 << 20)
@@ -118,6 +118,6 @@ def test_waiting_for_tiles_changes_nothing(monkeypatch):
     cache = filled(np.random.default_rng(0), 200, 30)
     queries = mx.random.normal((1, 4, 30, 64))
     want = cache.attend(queries, 0.125, "causal")
-    monkeypatch.setattr(tiled, "backend", lambda: "cuda")
+    monkeypatch.setattr(tiled, "gpu_dialect", lambda: "cuda")
     monkeypatch.setattr(tiled, "IN_FLIGHT", 0)
     assert mx.array_equal(cache.attend(queries, 0.125, "causal"), want)

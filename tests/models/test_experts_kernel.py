@@ -47,7 +47,7 @@ def test_a_prompts_products_go_through_it_on_cuda(bias, monkeypatch):
     x, chosen = normal(50, 64), mx.random.randint(0, 8, (50, 2)).astype(mx.uint32)
     want, rows = layer(x, chosen), []
     for module in (experts, trust):
-        monkeypatch.setattr(module, "backend", lambda: "cuda")
+        monkeypatch.setattr(module, "gpu_dialect", lambda: "cuda")
     products = experts.sorted_products
     monkeypatch.setattr(
         experts, "sorted_products", lambda x, *rest: rows.append(len(x)) or products(x, *rest)

@@ -36,7 +36,7 @@ def launches(monkeypatch):
         return [first, *(mx.depends([x], [first])[0] for x in blank[1:])]
 
     monkeypatch.setattr(Program, "__call__", launch)
-    monkeypatch.setattr(trust, "backend", lambda: "cuda")
+    monkeypatch.setattr(trust, "gpu_dialect", lambda: "cuda")
     monkeypatch.setattr(trust, "disagreement", lambda *_: None)
     monkeypatch.setattr(mx.fast, "rms_norm", lambda x, *_: mx.cumprod(x, axis=-1))
     monkeypatch.setattr(mx.fast, "rope", lambda x, *_, **__: mx.cummax(x, axis=-1))

@@ -79,7 +79,7 @@ def test_on_cuda_prompts_wait_for_the_half_of_a_layer_before(monkeypatch):
     model = build()
     want, started = logits(model), []
     wait = steps._wait_behind
-    monkeypatch.setattr(steps, "backend", lambda: "cuda")
+    monkeypatch.setattr(steps, "gpu_dialect", lambda: "cuda")
     monkeypatch.setattr(steps, "PROMPT", 2)
     monkeypatch.setattr(steps, "_wait_behind", lambda x: started.append(len(x)) or wait(x))
     steps.install(model)

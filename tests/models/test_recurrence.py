@@ -38,7 +38,7 @@ def test_the_recurrence_of_the_gated_delta_rule(Dk, Dv, masked):
 def on_cuda(monkeypatch):
     trust.forget()
     for module in (gd, trust):
-        monkeypatch.setattr(module, "backend", lambda: "cuda")
+        monkeypatch.setattr(module, "gpu_dialect", lambda: "cuda")
     yield
     trust.forget()
 

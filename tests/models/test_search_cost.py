@@ -13,7 +13,7 @@ from tqstack.turboquant.kv_codecs import KVCodecs
 @pytest.fixture
 def on_gpu(monkeypatch):
     """As if the search had a kernel: the search of a CPU, which is slow."""
-    monkeypatch.setattr(search_cost, "backend", lambda: "cuda")
+    monkeypatch.setattr(search_cost, "gpu_dialect", lambda: "cuda")
     monkeypatch.setattr(search_cost, "trusted", lambda *_: True)
     monkeypatch.setattr(search_cost, "TRIALS", 1)
 

@@ -167,7 +167,7 @@ def difference(a: list[mx.array], b: list[mx.array]) -> float:
 def kernels(monkeypatch) -> list[str]:
     """Kernels run, as on CUDA; the names of those that were launched."""
     launched: list[str] = []
-    monkeypatch.setattr(trust, "backend", lambda: "cuda")
+    monkeypatch.setattr(trust, "gpu_dialect", lambda: "cuda")
     call = Program.__call__
 
     def counted(self, *arguments, **how):

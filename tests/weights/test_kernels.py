@@ -22,7 +22,7 @@ TRELLIS = make_code("trellis", 3)
 def on_cuda(monkeypatch):
     """Kernels are chosen as with a GPU of that kind."""
     for module in (products, trust):
-        monkeypatch.setattr(module, "backend", lambda: "cuda")
+        monkeypatch.setattr(module, "gpu_dialect", lambda: "cuda")
 
 
 def inputs(*shape, seed=1):

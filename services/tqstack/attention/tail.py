@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 
 import mlx.core as mx
 
-from tqstack.attention.kernels.program import backend
+from tqstack.attention.kernels.program import gpu_dialect
 
 # Tokens that can be taken back without a loss: drafts that a verification may reject.
 REVOCABLE = 8
@@ -135,7 +135,7 @@ class Tails:
 
     def _write(self, stack: Pair, keys: mx.array, values: mx.array, at: list[int]) -> None:
         self._parts = []
-        if keys.shape[2] == 1 and backend() is not None:
+        if keys.shape[2] == 1 and gpu_dialect() is not None:
             self._stack = _placed(*stack, keys, values, _slots(self.slots), mx.array(at))
             return
         keys, values = bounded(keys, values)

@@ -15,7 +15,7 @@ from functools import partial
 import mlx.core as mx
 
 from tqstack.attention.blocks import BLOCK_TOKENS, Stored, first_exact
-from tqstack.attention.kernels.program import backend
+from tqstack.attention.kernels.program import gpu_dialect
 from tqstack.attention.ragged import ragged_attention, serves
 from tqstack.attention.sequences import Mask, one_by_one
 from tqstack.attention.softmax import Softmax
@@ -33,7 +33,7 @@ def query_tile(architecture: str) -> int:
 def _query_tile() -> int:
     """On a CPU a block: its queries see no more exact keys than two blocks, and scores stay in its
     caches (512 tokens on none and on 4,096 others: 1.5 to 2 times faster than 512 at once)."""
-    if backend() is None:
+    if gpu_dialect() is None:
         return BLOCK_TOKENS
     return query_tile(str(mx.device_info().get("architecture", "")))
 
@@ -105,7 +105,7 @@ def _fold_packed(blocks: list[Softmax], stored: Stored, seen: _Seen) -> None:
     limits = [seen.limit(block.stop - 1) for block in blocks]
     tile = max(1, KEY_TILE // layout.block_tokens) * layout.block_tokens
     started: list[mx.array] = []
-    queued, waits = 0, backend() == "cuda"
+    queued, waits = 0, gpu_dialect() == "cuda"
     for start in range(0, max(limits), tile):
         stop = min(start + tile, max(limits))
         visible = [b for b, limit in zip(blocks, limits, strict=True) if limit > start]

@@ -16,7 +16,7 @@ import mlx.core as mx
 from tqstack.attention.blocks import BlockLayout, Stored
 from tqstack.attention.kernels import encode
 from tqstack.attention.kernels.choose import attention as attend
-from tqstack.attention.kernels.program import backend
+from tqstack.attention.kernels.program import gpu_dialect
 from tqstack.attention.timing import median_seconds
 from tqstack.models.layers import recurrence
 from tqstack.models.layers.gated_delta import gated_delta
@@ -179,12 +179,12 @@ def main() -> None:
         "--codecs", nargs="+", default=["tq4", "tq3", "tq2", "tq8", "tq4/tq3", "tcq4-l8"]
     )
     arguments = parser.parse_args()
-    if backend() is None:
+    if gpu_dialect() is None:
         raise SystemExit("kernels need a GPU, and MLX has none here")
     attention(arguments.context, arguments.codecs)
     prompts(arguments.context, arguments.codecs[0])
     encoding()
-    if backend() == "cuda":
+    if gpu_dialect() == "cuda":
         for tokens in (1, 2048):
             gated_delta_rule(tokens)
 

@@ -165,10 +165,10 @@ def _told(about: dict[str, Any], codec: str) -> str:
 def _kernels() -> Iterator[Finding]:
     """What came out when kernels were compared with plain operations, while the model was loaded:
     just the variants that it uses."""
-    from tqstack.attention.kernels.program import backend
+    from tqstack.attention.kernels.program import gpu_dialect
     from tqstack.attention.kernels.trust import report
 
-    if backend() is None:
+    if gpu_dialect() is None:
         yield Finding("kernels", "ok", "none without a GPU: plain operations")
         return
     for name, reason in report().items():

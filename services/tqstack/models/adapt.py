@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.nn as nn
 
-from tqstack.attention.kernels.program import backend
+from tqstack.attention.kernels.program import gpu_dialect
 from tqstack.models.layers import (
     activations,
     convolution,
@@ -24,7 +24,7 @@ def adapt(model: nn.Module) -> dict[str, int]:
     Returns:
         How many of each kind were replaced.
     """
-    dialect, replaced = backend(), {}
+    dialect, replaced = gpu_dialect(), {}
     if dialect != "metal":  # there mlx-lm and MLX have kernels of their own
         replaced["gated delta"] = gated_delta.install(model)
         replaced["convolution"] = convolution.install(model)
@@ -41,7 +41,7 @@ def adapt(model: nn.Module) -> dict[str, int]:
 def adapt_head(head: nn.Module) -> None:
     """The same for a head of multi-token prediction, a layer of the model's kind. On a GPU nothing
     in it waits for a prompt's other layers: what it says of a prompt is never computed."""
-    if backend() is None:
+    if gpu_dialect() is None:
         activations.install(head)
         products.install(head)
         steps.install(head)

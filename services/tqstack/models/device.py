@@ -6,7 +6,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from tqstack.attention.kernels.program import backend
+from tqstack.attention.kernels.program import gpu_dialect
 from tqstack.machine import machine_memory
 from tqstack.models.plan import MIB, Machine
 
@@ -20,7 +20,7 @@ def this_machine(memory_mb: int | Literal["auto"] = "auto") -> Machine:
         memory_mb: MiB that the sidecar may use (SIDECAR_MEMORY_MB); auto: the GPU's working set, or
             a share of the memory.
     """
-    on_cpu = backend() is None
+    on_cpu = gpu_dialect() is None
     return Machine(
         budget=_budget() if memory_mb == "auto" else memory_mb * MIB,
         # A step delays every other stream: on the CPU, keep it near a second.

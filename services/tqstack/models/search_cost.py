@@ -12,7 +12,7 @@ import mlx.nn as nn
 from tqstack.attention.blocks import BLOCK_TOKENS, BlockLayout
 from tqstack.attention.cache import TurboQuantKVCache
 from tqstack.attention.kernels.encoding import encode_pair
-from tqstack.attention.kernels.program import backend
+from tqstack.attention.kernels.program import gpu_dialect
 from tqstack.attention.kernels.trust import trusted
 from tqstack.attention.timing import median_seconds
 from tqstack.turboquant.kv_codecs import KVCodecs
@@ -34,7 +34,7 @@ def affords(
         new_cache: makes a cache of the model with a scalar code, which the search is beside.
         prompt_tokens: of a prefill step.
     """
-    if backend() is None:
+    if gpu_dialect() is None:
         return False
     cache = new_cache()
     mx.eval(model(mx.zeros((1, BLOCK_TOKENS), mx.int32), cache=cache))

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from tqstack.attention.kernels.program import backend
+from tqstack.attention.kernels.program import gpu_dialect
 from tqstack.models.geometry import Kind, Layer
 from tqstack.models.plan import Plan
 from tqstack.models.spec import ModelSpec
@@ -89,7 +89,7 @@ def _kv_heads(module: nn.Module) -> int:
 
 def _pipeline(spec: ModelSpec, model: Any, group: mx.distributed.Group) -> Part:
     """Layers, the last ones to rank 0. Ranks must have like ones, so that all count alike."""
-    if backend() == "cuda":
+    if gpu_dialect() == "cuda":
         raise NotSplitError(
             f"{spec.id} can only be divided by layers, and MLX cannot send them on between CUDA "
             "devices; unset SIDECAR_RANKS"

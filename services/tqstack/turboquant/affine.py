@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from . import scaling
+from .kernel_layout import KernelLayout
 from .packing import packed_shape
 from .rotation import make_rotation
 
@@ -18,6 +19,8 @@ class AffineCodec:
 
     Planes: codes as `mx.quantize` packs them, then scales and biases (d / group,) each.
     """
+
+    kernel_layout: KernelLayout | None = None
 
     def __init__(self, dim: int, bits: int, *, group: int = 64, rotation: str = "hadamard"):
         if bits not in BITS:

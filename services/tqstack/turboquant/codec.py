@@ -10,6 +10,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from .affine import AffineCodec
+from .kernel_layout import KernelLayout
 from .lloyd import LloydCodec
 from .outliers import OutlierCodec
 from .qjl import ProdCodec
@@ -29,6 +30,8 @@ class Codec(Protocol):
     dim: int
     spec: str
     """make_codec(spec, dim) gives an equal codec: same rotation, same bytes."""
+    kernel_layout: KernelLayout | None
+    """None: no kernel reads such planes."""
 
     @property
     def bits_per_value(self) -> float:
@@ -61,6 +64,7 @@ class Uncompressed:
 
     spec = "none"
     bits_per_value = 16.0
+    kernel_layout: KernelLayout | None = None
 
     def __init__(self, dim: int):
         self.dim = dim

@@ -9,6 +9,7 @@ import numpy as np
 
 from . import scaling
 from .codebook import boundaries, lloyd_max
+from .kernel_layout import KernelLayout
 from .packing import codes_per_field, fields, pack, packed_shape
 from .rotation import make_rotation
 
@@ -52,6 +53,11 @@ class LloydCodec:
         self.codes = tuple(
             ScalarCode(width, part, self.group) for width, part in split_width(dim, bits) if part
         )
+        self.kernel_layout: KernelLayout | None = None
+        if len(self.codes) == 1:
+            self.kernel_layout = KernelLayout(
+                int(bits), 0, self.group, self.rotation, self.codes[0].codebook
+            )
 
     @property
     def bits_per_value(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from .kernel_layout import KernelLayout
 from .lloyd import LloydCodec, split_width
 
 
@@ -26,6 +27,8 @@ class OutlierCodec:
     must make the mean width `bits`.
     Planes: codes and scale of the outliers, codes and scale of the others.
     """
+
+    kernel_layout: KernelLayout | None = None
 
     def __init__(self, dim: int, bits: float, channels: int):
         (high, count), (low, rest) = split_width(dim, bits)

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import scaling
+from .kernel_layout import KernelLayout
 from .lloyd import ScalarCode
 from .packing import pack, packed_shape, unpack
 from .rotation import make_rotation
@@ -30,6 +31,8 @@ class ProdCodec:
     Attention does better with the plain code, which has a fifth of the squared error at the same
     size (docs/codec.md). This is for inner products that are compared or summed as they are.
     """
+
+    kernel_layout: KernelLayout | None = None
 
     def __init__(self, dim: int, bits: int, *, seed: int = 0):
         if not 1 <= bits <= 8:

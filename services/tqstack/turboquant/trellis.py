@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import scaling
+from .kernel_layout import KernelLayout
 from .packing import pack, packed_shape
 from .rotation import make_rotation
 from .viterbi import tail_biting_path
@@ -55,6 +56,9 @@ class TrellisCodec:
         self.rotation = make_rotation("hadamard", dim, seed)
         self.codebook = trained_codebook(bits, window)
         self._pairs = _pair_table(bits, window)
+        self.kernel_layout: KernelLayout | None = None
+        if dim % 64 == 0:  # lanes read whole bytes of a stream, the last one around its end
+            self.kernel_layout = KernelLayout(bits, window, dim, self.rotation, self.codebook)
 
     @property
     def bits_per_value(self) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.utils import dequantize_model
 
-from tqstack.attention.kernels.program import backend
+from tqstack.attention.kernels.program import gpu_dialect
 from tqstack.weights.recipe import layers_of
 
 Hessians = Mapping[str, np.ndarray]
@@ -70,7 +70,7 @@ def _lazily(source: Path) -> nn.Module:
     """The model, whose weights are read when they are used; in float32 on a CPU, which multiplies
     others many times more slowly."""
     model = mlx_lm.load(str(source), lazy=True)[0]
-    if backend() is None:
+    if gpu_dialect() is None:
         dequantize_model(model)
         model.set_dtype(mx.float32)
     return model

@@ -11,50 +11,41 @@ import mlx.core as mx
 import numpy as np
 
 from tqstack.attention.sequences import Mask, four_axes
-from tqstack.turboquant.lloyd import LloydCodec
+from tqstack.turboquant.codec import Codec
+from tqstack.turboquant.kernel_layout import KernelLayout
 from tqstack.turboquant.rotation import RandomHadamard
-from tqstack.turboquant.trellis import TrellisCodec
 
 if TYPE_CHECKING:
     from tqstack.attention.blocks import Stored
 
-ScalarCodec = LloydCodec | TrellisCodec  # a plane of codes, a plane of scales
+
+def serves(*codecs: Codec) -> bool:
+    """Whether kernels can read these codecs."""
+    return all(codec.kernel_layout is not None for codec in codecs)
 
 
-@lru_cache(maxsize=64)
-def serves(*codecs: object) -> bool:
-    """Whether kernels can read these codecs: one plane of codes of whole bits."""
-    return all(
-        (isinstance(codec, LloydCodec) and codec.bits % 1 == 0)
-        # Lanes read whole bytes of a stream, the last one around its end.
-        or (isinstance(codec, TrellisCodec) and codec.dim % 64 == 0)
-        for codec in codecs
-    )
-
-
-def constants(key_codec: ScalarCodec, value_codec: ScalarCodec) -> dict[str, int | bool]:
+def constants(key_codec: Codec, value_codec: Codec) -> dict[str, int | bool]:
     """What `attend` is compiled for."""
-    key, value = _code(key_codec), _code(value_codec)
+    key, value = layout_of(key_codec), layout_of(value_codec)
     return {
         "DK": key_codec.dim,
         "DV": value_codec.dim,
-        **{"KB": key[0], "KW": key[1], "KG": key_codec.dim // key[2]},
-        **{"VB": value[0], "VW": value[1], "VG": value_codec.dim // value[2]},
+        **{"KB": key.bits, "KW": key.window, "KG": key_codec.dim // key.group},
+        **{"VB": value.bits, "VW": value.window, "VG": value_codec.dim // value.group},
         "ONE_TABLE": key == value,
     }
 
 
-def _code(codec: ScalarCodec) -> tuple[int, int, int]:
-    """(bits, window or 0, values that share a scale); the same code has the same levels."""
-    if isinstance(codec, TrellisCodec):
-        return codec.bits, codec.window, codec.dim
-    return int(codec.bits), 0, codec.group
+def layout_of(codec: Codec) -> KernelLayout:
+    """Of a codec that `serves` let pass."""
+    assert codec.kernel_layout is not None
+    return codec.kernel_layout
 
 
 @lru_cache(maxsize=16)
-def hadamard_signs(codec: ScalarCodec) -> mx.array | None:
+def hadamard_signs(codec: Codec) -> mx.array | None:
     """The random signs (dim,) of a rotation that the kernels do themselves: one Hadamard block."""
-    rotation, dim = codec.rotation, codec.dim
+    rotation, dim = layout_of(codec).rotation, codec.dim
     if not isinstance(rotation, RandomHadamard) or dim < 32 or dim & (dim - 1):
         return None
     return rotation.signs.reshape(-1)
@@ -177,12 +168,11 @@ def strides_of(mask: mx.array | None) -> list[int]:
 
 
 @lru_cache(maxsize=16)
-def code_table(codec: ScalarCodec) -> mx.array:
+def code_table(codec: Codec) -> mx.array:
     """Halves that a field of the codes stands for, as words: two codes up to 4 bits, else, and
     for the windows of a trellis, the same value twice."""
-    trellis = isinstance(codec, TrellisCodec)
-    levels = codec.codebook if trellis else codec.codes[0].codebook
-    words = levels.astype(np.float16).view(np.uint16).astype(np.uint32)
-    if trellis or codec.bits > 4:
+    layout = layout_of(codec)
+    words = layout.levels.astype(np.float16).view(np.uint16).astype(np.uint32)
+    if layout.window or layout.bits > 4:
         return mx.array(words | (words << 16))
     return mx.array(np.tile(words, len(words)) | (np.repeat(words, len(words)) << 16))

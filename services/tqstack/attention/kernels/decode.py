@@ -12,7 +12,6 @@ import mlx.core as mx
 from tqstack.attention.kernels.arguments import (
     UNUSED,
     SameObject,
-    ScalarCodec,
     array_mask,
     call_for,
     code_table,
@@ -24,6 +23,7 @@ from tqstack.attention.kernels.arguments import (
     table_of_blocks,
 )
 from tqstack.attention.kernels.program import Program
+from tqstack.turboquant.codec import Codec
 
 if TYPE_CHECKING:
     from tqstack.attention.blocks import Stored
@@ -104,7 +104,7 @@ def merged(
     stats: mx.array,
     call: mx.array,
     queries: mx.array,
-    codec: ScalarCodec,
+    codec: Codec,
     signs: mx.array | None,
     kv_heads: int,
     sinks: mx.array,
@@ -169,8 +169,8 @@ def decode_attention(
 
 @lru_cache(maxsize=256)
 def _launch(
-    key_codec: ScalarCodec,
-    value_codec: ScalarCodec,
+    key_codec: Codec,
+    value_codec: Codec,
     block_tokens: int,
     masked: bool,
     with_sinks: bool,

@@ -24,7 +24,7 @@ from tqstack.attention.kernels.arguments import (
     table_of_blocks,
 )
 from tqstack.attention.kernels.decode import COLUMNS, MERGERS, THREADS, merged
-from tqstack.attention.kernels.program import Program, backend
+from tqstack.attention.kernels.program import Program, gpu_dialect
 from tqstack.attention.sequences import one_by_one
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def prefill_attention(
                 ((groups, splits + last, 2, COLUMNS), mx.float32),
             ],
         )
-        if backend() == "cuda" and not last:
+        if gpu_dialect() == "cuda" and not last:
             # MLX holds what it has queued: two spans are enough to keep a GPU busy.
             mx.async_eval(sums)
             mx.eval(before)
@@ -204,7 +204,7 @@ def prefill_attention(
 
 def rows_of_block() -> int:
     """`Flash::ROWS`: 16 for each warp, or on Metal for two of them."""
-    return 32 if backend() == "metal" else 64
+    return 32 if gpu_dialect() == "metal" else 64
 
 
 def _spans(stored: Stored, L: int, window: int) -> list[tuple[int, int]]:

@@ -32,7 +32,7 @@ PRELUDES = {
 log = logging.getLogger(__name__)
 
 
-def backend() -> str | None:
+def gpu_dialect() -> str | None:
     """The dialect of the default device: "cuda", "metal", or None on a CPU."""
     if mx.default_device().type != mx.DeviceType.gpu:
         return None
@@ -88,7 +88,7 @@ class Program:
 
     @cached_property
     def _kernel(self) -> Any:
-        dialect = backend()
+        dialect = gpu_dialect()
         assert dialect is not None, "kernels need a GPU"
         make: Any = mx.fast.metal_kernel
         if dialect == "cuda":
@@ -117,7 +117,7 @@ class Program:
             "output_shapes": [shape for shape, _ in outputs],
             "output_dtypes": [dtype for _, dtype in outputs],
         }
-        if backend() == "cuda":
+        if gpu_dialect() == "cuda":
             types = *(x.dtype for x in inputs), *options["output_dtypes"]
             variant = *template.items(), *types
             if variant not in self._kept:

@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from tqstack.attention.kernels.program import backend, fault
+from tqstack.attention.kernels.program import fault, gpu_dialect
 from tqstack.machine import cache_folder
 
 TOLERANCE = 1e-3  # relative error of an output against the twin
@@ -40,7 +40,7 @@ def check(kernel: str) -> Callable[[Callable[..., float]], Callable[..., float]]
 
 def trusted(kernel: str, *variant: Any) -> bool:
     """Whether this machine has a GPU on which this variant of a kernel agrees with its twin."""
-    return backend() is not None and disagreement(kernel, *variant) is None
+    return gpu_dialect() is not None and disagreement(kernel, *variant) is None
 
 
 def disagreement(kernel: str, *variant: Any) -> str | None:

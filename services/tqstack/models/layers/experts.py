@@ -17,7 +17,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from tqstack.attention.kernels.arguments import integers
-from tqstack.attention.kernels.program import Program, backend
+from tqstack.attention.kernels.program import Program, gpu_dialect
 from tqstack.attention.kernels.trust import beyond_rounding, check, random, trusted
 
 # As in experts.h: rows, outputs and threads of a block, inputs of a step, shared memory.
@@ -96,7 +96,7 @@ class Experts(QuantizedSwitchLinear):
     def _served(self, x: mx.array) -> bool:
         """Whether a prompt's products go through the kernel: Metal has its own."""
         return (
-            backend() == "cuda"
+            gpu_dialect() == "cuda"
             and self.bits in (2, 4, 8)
             and x.shape[-1] % max(STEP, self.group_size) == 0
             and x.dtype == self["scales"].dtype != mx.float32

@@ -23,7 +23,7 @@ import mlx.nn as nn
 from mlx_lm.models import gated_delta as mlx_gated_delta
 
 from tqstack.attention.exponential import exp
-from tqstack.attention.kernels.program import backend
+from tqstack.attention.kernels.program import gpu_dialect
 from tqstack.attention.kernels.trust import check, distance, random, trusted
 from tqstack.models.layers import recurrence as kernel
 
@@ -105,7 +105,7 @@ def gated_delta_update(
 def _kernel_agrees(q: mx.array, v: mx.array, *heads: mx.array) -> bool:
     """Whether there is a CUDA kernel here and it gives the numbers of `gated_delta`."""
     types = q.dtype, *(x.dtype for x in heads)
-    return backend() == "cuda" and trusted("gated delta", q.shape[-1], v.shape[-1], *types)
+    return gpu_dialect() == "cuda" and trusted("gated delta", q.shape[-1], v.shape[-1], *types)
 
 
 @check("gated delta")

@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 
-from tqstack.attention.kernels.program import backend
+from tqstack.attention.kernels.program import gpu_dialect
 from tqstack.models.layers.drafts import MOST_TOKENS, Revocable, accepted, several
 
 PROMPT = 256  # tokens from which on waiting costs nothing that could be seen
@@ -59,7 +59,7 @@ def _mlp(base: type[nn.Module]) -> type[nn.Module]:
         def __call__(self, x: mx.array) -> mx.array:
             if x.shape[1] > MOST_TOKENS:
                 y = super().__call__(x)
-                if x.shape[1] >= PROMPT and backend() == "cuda":
+                if x.shape[1] >= PROMPT and gpu_dialect() == "cuda":
                     _wait_behind([y])
                 return y
             if not hasattr(self, "_few_tokens"):
@@ -80,7 +80,7 @@ def _recurrence(base: type[nn.Module]) -> type[nn.Module]:
             ready = type(cache) is ArraysCache and not cache.empty()
             if x.shape[1] != 1 or mask is not None or not ready:
                 y = super().__call__(x, mask, cache)
-                if x.shape[1] >= PROMPT and cache is not None and backend() == "cuda":
+                if x.shape[1] >= PROMPT and cache is not None and gpu_dialect() == "cuda":
                     _wait_behind([y, *cache.cache])
                 return y
             if not hasattr(self, "_single_token"):

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from tqstack.attention.kernels.arguments import at_least_8, integers
-from tqstack.attention.kernels.program import Program, backend
+from tqstack.attention.kernels.program import Program, gpu_dialect
 from tqstack.attention.kernels.trust import beyond_rounding, check, random, trusted
 from tqstack.weights.codes import Code
 from tqstack.weights.kernels import twins
@@ -187,12 +187,12 @@ def _fragments(rows: int) -> int:
 def _machine() -> tuple[int, int]:
     """Warps of a block of threads, and blocks, for few rows. On CUDA a table takes most of a
     multiprocessor's shared memory, so each has one block that stays."""
-    return (16, 132) if backend() == "cuda" else (8, 256)
+    return (16, 132) if gpu_dialect() == "cuda" else (8, 256)
 
 
 def _prompt_block(rows: int, tall: int) -> tuple[int, int, int]:
     """Fragments, warps, and tiles of outputs of a warp."""
-    if backend() != "cuda":
+    if gpu_dialect() != "cuda":
         return 8, 4, 1
     return (16, 8, 2) if tall * rows >= 16 * 128 * 132 else (16, 8, 1)
 
