@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from tqstack.settings import Settings, SettingsError, load_settings
@@ -90,3 +94,20 @@ def test_an_unknown_setting_is_an_error_wherever_it_stands(tmp_path, monkeypatch
 def test_localhost_is_dialled_by_address(monkeypatch):
     monkeypatch.setenv("OLLAMA_BASE_URL", "http://localhost:11434/v1/")
     assert load_settings().ollama_base_url == "http://127.0.0.1:11434"
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, {"HF_HOME": "/a"}, {"HF_HUB_CACHE": "/b"}, {"XDG_CACHE_HOME": "/c"}]
+)
+def test_models_are_looked_for_where_huggingface_hub_keeps_them(environment):
+    given = {"HOME": "/home/someone", **environment}
+    given |= {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    asked = """
+from huggingface_hub.constants import HF_HUB_CACHE
+from tqstack.machine import hub_cache
+print(hub_cache(), HF_HUB_CACHE)"""
+    result = subprocess.run(
+        [sys.executable, "-c", asked], env=given, capture_output=True, text=True, check=True
+    )
+    ours, theirs = result.stdout.split()
+    assert ours == theirs

@@ -34,7 +34,7 @@ ALLOWED = {
     "engine": {"attention", "models"},
     "ranks": {"engine", "machine", "models", "settings"},
     "sidecar": {"engine", "machine", "models", "openai_api", "ranks", "settings"},
-    "router": {"openai_api", "settings"},
+    "router": {"machine", "openai_api", "settings"},
     "service": {"machine", "settings"},
 }
 

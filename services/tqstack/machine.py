@@ -29,3 +29,12 @@ def cache_folder() -> Path:
     if platform.system() == "Darwin":
         return Path.home() / "Library/Caches/tqstack"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqstack"
+
+
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps models, told without it: the router and the preflight check have
+    no need of it else."""
+    if os.environ.get("HF_HUB_CACHE"):
+        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("HF_HOME") or caches / "huggingface").expanduser() / "hub"

@@ -10,7 +10,7 @@ from tqstack.bench.fairness import longest_gap, rate
 from tqstack.bench.prompt_tokens import History, common_prefix
 from tqstack.bench.prompts import HeldOutText
 from tqstack.bench.serving import Samples, quantile
-from tqstack.bench.streams import Answer
+from tqstack.bench.streams import Reply
 from tqstack.demo_model import PATH
 
 
@@ -35,16 +35,16 @@ def test_quantiles_are_values_that_were_seen():
 
 
 def test_a_row_keeps_failures_apart():
-    good = Answer(sent=1.0, arrivals=[1.5, 1.6, 1.8], usage={"prompt_tokens": 7})
+    good = Reply(sent=1.0, arrivals=[1.5, 1.6, 1.8], usage={"prompt_tokens": 7})
     samples = Samples()
-    samples.add([good, Answer(error="503: full")], seconds=2.0)
+    samples.add([good, Reply(error="503: full")], seconds=2.0)
     row = samples.row("s", 2)
     assert (row.requests, row.errors, row.error) == (2, 1, "503: full")
     assert row.output_tps == 1.5 and row.prompt_tokens == 7 and row.first_token_s == 0.5
     assert row.decode_tps == pytest.approx(2 / 0.3)
     assert row.gap_ms_max == pytest.approx(200)
     empty = Samples()
-    empty.add([Answer(error="gone")], seconds=2.0)
+    empty.add([Reply(error="gone")], seconds=2.0)
     assert empty.row("s", 1).output_tps is None
 
 

@@ -9,18 +9,18 @@ import orjson
 import pytest
 
 from tqstack.bench.servers import Server
-from tqstack.bench.streams import Answer, stream
+from tqstack.bench.streams import Reply, stream
 
 SERVER = Server("other", "http://other", "m", "secret")
 
 
-def ask(response: httpx.Response, requests: list[httpx.Request] | None = None, **options) -> Answer:
+def ask(response: httpx.Response, requests: list[httpx.Request] | None = None, **options) -> Reply:
     def handle(request: httpx.Request) -> httpx.Response:
         if requests is not None:
             requests.append(request)
         return response
 
-    async def run() -> Answer:
+    async def run() -> Reply:
         async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as client:
             return await stream(client, SERVER, {"prompt": "x", "max_tokens": 4}, **options)
 
@@ -55,7 +55,7 @@ def test_an_answer_without_text_has_a_first_token():
 
 
 def test_pieces_of_a_chat_become_the_message_that_goes_back():
-    answer = Answer()
+    answer = Reply()
     call = {"index": 0, "id": "c1", "function": {"name": "run", "arguments": '{"a"'}}
     rest = {"index": 0, "function": {"arguments": ": 1}"}}
     parts = [{"role": "assistant", "content": ""}, {"reasoning_content": "so"}, {"content": "yes"}]

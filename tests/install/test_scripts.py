@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tqstack.machine import DEFAULT_MAC_MODEL
 from tqstack.service.ollama import environment
-from tqstack.service.preflight import Facts, judge, parse_version
+from tqstack.service.preflight import MachineFacts, judge, parse_version
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -42,7 +42,7 @@ def test_an_unknown_option_is_refused_with_the_usage(script):
     assert result.returncode == 2 and "Usage:" in result.stderr
 
 
-def a_mac(**changes) -> Facts:
+def a_mac(**changes) -> MachineFacts:
     facts = {
         "system": "Darwin",
         "machine": "arm64",
@@ -54,7 +54,7 @@ def a_mac(**changes) -> Facts:
         "model_is_here": False,
         "downloaded": 0,
     }
-    return Facts(**{**facts, **changes})
+    return MachineFacts(**{**facts, **changes})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Open WebUI itself, in headless Chromium, through the router: open-webui/check.py drives it."""
+"""Open WebUI itself, in headless Chromium, through the router: drive.py drives it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from processes import get
 from whole_stack import other_backend, whole_stack
 
-CHECK = Path(__file__).parents[2] / "open-webui/check.py"
+DRIVE = Path(__file__).with_name("drive.py")
 PYTHON = os.environ.get("OPEN_WEBUI_PYTHON")
 
 
@@ -25,7 +25,7 @@ def test_models_answers_a_long_prompt_and_a_stop_that_ends_the_work(tmp_path):
     with other_backend(tmp_path) as other, whole_stack(tmp_path, other) as stack:
         services = ["--router", stack.router, "--sidecar", stack.sidecar]
         result = subprocess.run(
-            [str(PYTHON), str(CHECK), *services, "--out", str(tmp_path / "shots")],
+            [str(PYTHON), str(DRIVE), *services, "--out", str(tmp_path / "shots")],
             capture_output=True,
             text=True,
             timeout=600,

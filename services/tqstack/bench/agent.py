@@ -21,7 +21,7 @@ from tqstack.bench.agent_scripts import SCRIPTS, TOOLS, Message, Script, Turn, W
 from tqstack.bench.prompt_tokens import History, PromptTokens
 from tqstack.bench.servers import Server
 from tqstack.bench.serving import median, present
-from tqstack.bench.streams import Answer, http_client, stream
+from tqstack.bench.streams import Reply, http_client, stream
 
 # Where the server does not tell how much of a prompt it has read: this share of the time that it
 # should take; seconds, if no prompt was read before.
@@ -88,7 +88,7 @@ class Replay:
         chat = {"messages": [{"role": "user", "content": "warm up"}], "max_tokens": 4}
         await stream(self._client, self.server, {**chat, "tools": TOOLS})
 
-    async def run(self, turn: Turn) -> tuple[Answer, int | None]:
+    async def run(self, turn: Turn) -> tuple[Reply, int | None]:
         """The answer, and how much of the prompt could have been used again."""
         messages = [_sendable(message) for message in turn.messages]
         prompt = await self._tokens.of(messages, TOOLS)
@@ -109,12 +109,12 @@ class Replay:
             self._history.add(prompt if extended is None else extended[:length])
         return answer, reusable
 
-    async def _leave(self, body: dict[str, Any], tokens: int) -> Answer:
+    async def _leave(self, body: dict[str, Any], tokens: int) -> Reply:
         """Close the connection once about half of the prompt's `tokens` have been read."""
-        answer = Answer()
+        answer = Reply()
         seconds = LEAVE_AFTER * (self._seconds_per_token or 0) * tokens or LEAVE_AFTER_S
 
-        def enough(answer: Answer) -> bool:
+        def enough(answer: Reply) -> bool:
             read, total = answer.tokens_read or 0, answer.tokens_told or 0
             return bool(answer.arrivals) or 0 < total <= 2 * read
 

@@ -234,7 +234,7 @@ def _log_softmax(logits: mx.array) -> mx.array:
 
 def _speed(model: nn.Module, prompt: np.ndarray) -> dict[str, Any]:
     """Tokens per second with the plain cache: the middle of three, after one to warm up."""
-    caches = {"plain": speed.Backend(model, lambda: make_prompt_cache(model))}
+    caches = {"plain": speed.CachedModel(model, lambda: make_prompt_cache(model))}
     speed.runnable(caches, prompt)
     work = speed.Workload(0, prompt.size, GENERATED)
     [row] = filter(None, speed.measure(caches, [work], prompt, TRIALS))

@@ -20,7 +20,7 @@ import httpx
 from tqstack.bench.prompts import HeldOutText
 from tqstack.bench.servers import Server, in_turn
 from tqstack.bench.serving import median, present
-from tqstack.bench.streams import Answer, http_client, stream
+from tqstack.bench.streams import Reply, http_client, stream
 
 RUNNING_TOKENS = 8192  # of the stream: more than anything generates while a prompt is read
 SHORT_PROMPT = 200
@@ -98,11 +98,11 @@ async def _run(
 async def _sample(
     client: httpx.AsyncClient, server: Server, text: HeldOutText, plan: Plan, turn: int
 ) -> Sample:
-    def ask(name: str, tokens: int, limit: int, answer: Answer) -> asyncio.Task[Answer]:
+    def ask(name: str, tokens: int, limit: int, answer: Reply) -> asyncio.Task[Reply]:
         body = {"prompt": text.prompt(f"{name}/{turn}", tokens), "max_tokens": limit}
         return asyncio.create_task(stream(client, server, body, answer))
 
-    running, long, short = Answer(), Answer(), Answer()
+    running, long, short = Reply(), Reply(), Reply()
     task = ask("running", plan.prompt_tokens, RUNNING_TOKENS, running)
     try:
         while len(running.arrivals) <= plan.generation_tokens and not task.done():
@@ -119,7 +119,7 @@ async def _sample(
     return _judge(running, long, short, began)
 
 
-def _judge(running: Answer, long: Answer, short: Answer, began: float) -> Sample:
+def _judge(running: Reply, long: Reply, short: Reply, began: float) -> Sample:
     """What the three answers tell; the long prompt was sent at `began`."""
     errors = present(answer.error or None for answer in (running, long, short))
     if not errors and running.finish_reason and running.arrivals[-1] < long.arrivals[0]:

@@ -22,7 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from tqstack.attention.blocks import BLOCK_TOKENS
 from tqstack.attention.hybrid import make_turboquant_cache, softmax_entries
-from tqstack.bench.backends import MakeCache
+from tqstack.bench.caches import MakeCache
 from tqstack.bench.needle import Haystack
 from tqstack.turboquant.kv_codecs import KVCodecs
 

@@ -22,7 +22,7 @@ import httpx
 
 from tqstack.bench.prompts import HeldOutText
 from tqstack.bench.servers import Server, in_turn
-from tqstack.bench.streams import Answer, http_client, stream
+from tqstack.bench.streams import Reply, http_client, stream
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ class Row:
 class Samples:
     """All that one server answered at one concurrency, in one form."""
 
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[Reply] = field(default_factory=list)
     output_tps: list[float] = field(default_factory=list)  # of each round
 
-    def add(self, answers: list[Answer], seconds: float) -> None:
+    def add(self, answers: list[Reply], seconds: float) -> None:
         self.answers += answers
         tokens = sum(answer.generated_tokens for answer in answers if not answer.error)
         self.output_tps.append(tokens / seconds)
@@ -173,7 +173,7 @@ async def _burst(
     many: int,
     turn: int,
     form: bool,
-) -> tuple[list[Answer], float]:
+) -> tuple[list[Reply], float]:
     """`many` requests at once: their answers, and the seconds until the last was complete."""
     names = [f"{turn}/{many}/{i}{'/schema' * form}" for i in range(many)]
     prompts = [text.prompt(name, plan.prompt_tokens) for name in names]

@@ -1,6 +1,6 @@
 """How fast prompts are read and answers written, and what the caches hold meanwhile.
 
-Backends and contexts take turns, so that whatever else the machine does hits all of them;
+Caches and contexts take turns, so that whatever else the machine does hits all of them;
 medians over the trials are reported. On a shared machine only ratios within one run mean anything.
 """
 
@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from tqstack.bench.backends import Backend, MakeCache
+from tqstack.bench.caches import CachedModel, MakeCache
 from tqstack.bench.operations import decode_operations
 
 FILL_STEP = 16_384  # tokens of made-up context that are stored at once
@@ -24,7 +24,7 @@ FILL_STEP = 16_384  # tokens of made-up context that are stored at once
 
 @dataclass(frozen=True)
 class Row:
-    """Medians for one backend at one context. Tokens per second, seconds, bytes.
+    """Medians for one cache at one context. Tokens per second, seconds, bytes.
 
     `decode_tps` counts steps of the whole batch: each makes one token of every sequence, so that
     the batch gets `batch` times as many tokens. Bytes are those of all sequences.
@@ -61,29 +61,29 @@ class Workload:
 
 
 def runnable(
-    backends: dict[str, Backend], tokens: np.ndarray, batch: int = 1
-) -> tuple[dict[str, Backend], dict[str, str]]:
-    """The backends that run on this machine, and of the others why not. Compiles kernels."""
+    models: dict[str, CachedModel], tokens: np.ndarray, batch: int = 1
+) -> tuple[dict[str, CachedModel], dict[str, str]]:
+    """Those that run on this machine, and of the others why not. Compiles kernels."""
     able, unable = {}, {}
-    for name, backend in backends.items():
+    for name, cached in models.items():
         try:
-            run(*backend, Workload(0, 64, 4, batch=batch), tokens)
+            run(*cached, Workload(0, 64, 4, batch=batch), tokens)
         except (RuntimeError, ValueError) as error:
             unable[name] = str(error)
         else:
-            able[name] = backend
+            able[name] = cached
     return able, unable
 
 
 def measure(
-    backends: dict[str, Backend], workloads: list[Workload], tokens: np.ndarray, trials: int
+    models: dict[str, CachedModel], workloads: list[Workload], tokens: np.ndarray, trials: int
 ) -> Iterator[Row | None]:
     """Run everything; yields None after each single run (for a progress bar), then the rows."""
     runs: dict[tuple[str, Workload], list[dict[str, float]]] = {}
     for _ in range(trials):
         for workload in workloads:
-            for name, backend in backends.items():
-                result = run(*backend, workload, tokens)
+            for name, cached in models.items():
+                result = run(*cached, workload, tokens)
                 runs.setdefault((name, workload), []).append(result)
                 yield None
     for (name, work), results in runs.items():

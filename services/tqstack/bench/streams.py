@@ -21,7 +21,7 @@ Message = dict[str, Any]
 
 
 @dataclass
-class Answer:
+class Reply:
     """One request, filled while its answer comes. Times are of `time.perf_counter`, in seconds.
 
     Attributes:
@@ -116,9 +116,9 @@ async def stream(
     client: httpx.AsyncClient,
     server: Server,
     body: dict[str, Any],
-    answer: Answer | None = None,
-    leave: Callable[[Answer], bool] = lambda answer: False,
-) -> Answer:
+    answer: Reply | None = None,
+    leave: Callable[[Reply], bool] = lambda answer: False,
+) -> Reply:
     """Send a request and read its stream to the end. What fails is told in `answer.error`.
 
     Args:
@@ -126,7 +126,7 @@ async def stream(
         answer: filled while it comes, for who wants to look on.
         leave: asked whenever something has come; True closes the connection.
     """
-    answer = answer or Answer()
+    answer = answer or Reply()
     path = "chat/completions" if "messages" in body else "completions"
     body = {
         "model": server.model,
@@ -149,7 +149,7 @@ async def stream(
     return answer
 
 
-async def _read(response: httpx.Response, answer: Answer, leave: Callable[[Answer], bool]) -> None:
+async def _read(response: httpx.Response, answer: Reply, leave: Callable[[Reply], bool]) -> None:
     parser, done = EventParser(), False
     async for data in response.aiter_bytes():
         now = time.perf_counter()

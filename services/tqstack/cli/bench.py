@@ -23,7 +23,7 @@ Plot = Annotated[Path | None, typer.Option(help="Draw the rows into this PNG fil
 
 
 def backend_names(text: str) -> list[str]:
-    from tqstack.bench.backends import ALL, NAMES
+    from tqstack.bench.caches import ALL, NAMES
 
     names = list(ALL) if text == "all" else text.split(",")
     for name in names:
@@ -79,7 +79,7 @@ def speed(
 
     from tqstack import demo_model
     from tqstack.bench import plots
-    from tqstack.bench.backends import backends
+    from tqstack.bench.caches import cached_models
     from tqstack.bench.speed import Row, Workload, as_json, measure, runnable
     from tqstack.models.spec import ModelNotFoundError
 
@@ -89,7 +89,7 @@ def speed(
     try:
         for code in codes:
             network = partial(_network, model, shape, layers, weights=code)
-            found = backends(names, network(True), bits, partial(network, False))
+            found = cached_models(names, network(True), bits, partial(network, False))
             subjects |= {f"{n}, {code}" if len(codes) > 1 else n: b for n, b in found.items()}
     except (ModelNotFoundError, ValueError) as error:
         fail(str(error), 2)

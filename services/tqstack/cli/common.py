@@ -31,9 +31,10 @@ errors = Console(stderr=True)
 
 def fail(message: str, code: int = EXIT_CONFIG) -> NoReturn:
     errors.print(f"[bold red]tqstack:[/] {message}", soft_wrap=True, highlight=False)
-    # launchd starts again all that did not succeed; systemd is told which exit code is hopeless.
-    hopeless = code == EXIT_CONFIG and "STARTED_BY_LAUNCHD" in os.environ
-    raise SystemExit(0 if hopeless else code)
+    # launchd starts again all that did not succeed; systemd is told which exit code is
+    # not worth it.
+    lasting = code == EXIT_CONFIG and "STARTED_BY_LAUNCHD" in os.environ
+    raise SystemExit(0 if lasting else code)
 
 
 def settings() -> Settings:

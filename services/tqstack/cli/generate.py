@@ -153,11 +153,11 @@ class Run:
         from mlx_lm import stream_generate
         from mlx_lm.sample_utils import make_sampler
 
-        from tqstack.bench.backends import backends
+        from tqstack.bench.caches import cached_models
 
         try:
-            backend = backends([self.name], self.loaded.model, self.bits)[self.name]
-            self.cache = backend.make_cache()
+            cached = cached_models([self.name], self.loaded.model, self.bits)[self.name]
+            self.cache = cached.make_cache()
         except ValueError as error:
             fail(str(error), 2)
         self.tokens: list[int] = []

@@ -49,9 +49,9 @@ def rank(
     from tqstack.attention.dispatch import NotCompressedError
 
     # A sentence on what to do: starting again will not help. All else may pass.
-    hopeless = isinstance(error, ValueError | NotCompressedError)
+    lasting = isinstance(error, ValueError | NotCompressedError)
     why = f"rank {role.rank} cannot serve {settings.model_name}: {error}"
-    fail(why) if hopeless else fail(why, ENDED)
+    fail(why) if lasting else fail(why, ENDED)
 
 
 def _end_with_supervisor(group: Any) -> None:

@@ -39,7 +39,7 @@ async def _supervise(names: list[str]) -> int:
 
 
 async def _keep(name: str, stop: asyncio.Event) -> int:
-    """Keep one service running until `stop`. Its exit code: 0, or that of a hopeless setting."""
+    """Keep one service running until `stop`. Its exit code: 0, or that of unusable settings."""
     delay = FIRST_DELAY / 2
     stopping = asyncio.create_task(stop.wait())
     while not stop.is_set():

@@ -17,7 +17,7 @@ from tqstack.engine.grammar import Grammar
 from tqstack.engine.jobs import Deliver, Failed, Job, JobError
 from tqstack.engine.lifecycle import Lifecycle
 from tqstack.engine.worker import TOTALS, Worker
-from tqstack.models.planning import Facts
+from tqstack.models.planning import ModelFacts
 from tqstack.models.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Engine:
         load: Callable[[], Runtime],
         work: Callable[[Runtime], Worker] = Worker,
         on_failure: Callable[[Exception], None] | None = None,
-        unloaded: Facts | None = None,
+        unloaded: ModelFacts | None = None,
         idle_seconds: float = 0,
     ):
         self.lifecycle = Lifecycle(unloaded, idle_seconds)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tqstack.models.planning import Facts
+from tqstack.models.planning import ModelFacts
 
 
 class Lifecycle:
@@ -18,7 +18,7 @@ class Lifecycle:
         idle_seconds: without a request for so long, it is unloaded; 0: never.
     """
 
-    def __init__(self, unloaded: Facts | None = None, idle_seconds: float = 0):
+    def __init__(self, unloaded: ModelFacts | None = None, idle_seconds: float = 0):
         self.facts = unloaded
         self.idle_seconds = idle_seconds
         self._state = "unloaded"
@@ -39,7 +39,7 @@ class Lifecycle:
             self._state = "unloaded"
         self._load_seconds = round(time.perf_counter() - started, 2)
 
-    def loaded(self, facts: Facts) -> None:
+    def loaded(self, facts: ModelFacts) -> None:
         self.facts, self._state = facts, "loaded"
         self._loads += 1
 

@@ -25,7 +25,7 @@ NOT_LOADED = ("vision_tower", "model.visual", "visual.", "mtp.")
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelFacts:
     """What is told about a model, loaded or not.
 
     Attributes:
@@ -58,8 +58,8 @@ class Facts:
         return about
 
 
-def read_facts(settings: Settings) -> Facts:
-    """Facts of SIDECAR_MODEL from its files.
+def read_facts(settings: Settings) -> ModelFacts:
+    """What is told of SIDECAR_MODEL from its files.
 
     Raises:
         ModelNotFoundError, BrokenFileError, NotCompressedError, SettingsError: it cannot be served;
@@ -67,7 +67,7 @@ def read_facts(settings: Settings) -> Facts:
     """
     spec, cache = read_spec(settings.model_name), read_cache_spec(settings)
     check_cache(spec, cache)
-    return Facts(spec, cache, plan_spec(settings, spec) if spec.geometry else None, ())
+    return ModelFacts(spec, cache, plan_spec(settings, spec) if spec.geometry else None, ())
 
 
 def check_cache(spec: ModelSpec, cache: CacheSpec) -> None:

@@ -26,7 +26,7 @@ from tqstack.models.measure import layer_kinds, measure
 from tqstack.models.mtp import Predicting
 from tqstack.models.mtp_load import load_head
 from tqstack.models.plan import Machine, Plan, logits_bytes, prefill_workspace
-from tqstack.models.planning import Facts, head_of
+from tqstack.models.planning import ModelFacts, head_of
 from tqstack.models.search_cost import affords
 from tqstack.models.spec import ModelSpec
 from tqstack.models.split import (
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Runtime(Facts):
+class Runtime(ModelFacts):
     """What the engine runs.
 
     Attributes:
@@ -88,9 +88,9 @@ class Runtime(Facts):
         return frozenset(self.tokenizer.eos_token_ids)
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> ModelFacts:
         """What is told about the model when it is no longer in memory."""
-        return Facts(self.spec, self.cache, self.plan, self.compressed_layers)
+        return ModelFacts(self.spec, self.cache, self.plan, self.compressed_layers)
 
     def new_cache(self, pool: Pool | None = None) -> list[Any]:
         """The cache of one sequence.

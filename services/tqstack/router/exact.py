@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from tqstack.machine import hub_cache
 from tqstack.router.estimate import texts_of
 
 if TYPE_CHECKING:
@@ -58,14 +58,9 @@ class ExactCounter:
 
 def find_tokenizer(model: str) -> Path | None:
     """The `tokenizer.json` of a model that is on this machine: `demo`, a folder, or a hub name."""
-    cache = Path(os.environ.get("HF_HUB_CACHE") or _hub_home() / "hub")
     candidates = [
         Path(__file__).parents[1] / "demo_model" if model == "demo" else Path(model).expanduser(),
-        *sorted(cache.glob(f"models--{model.replace('/', '--')}/snapshots/*")),
+        *sorted(hub_cache().glob(f"models--{model.replace('/', '--')}/snapshots/*")),
     ]
     files = (folder / "tokenizer.json" for folder in candidates)
     return next((file for file in files if file.is_file()), None)
-
-
-def _hub_home() -> Path:
-    return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")

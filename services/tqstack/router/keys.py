@@ -20,7 +20,7 @@ from tqstack.settings import Settings, SettingsError
 log = logging.getLogger(__name__)
 
 OWNER = "owner"  # who sends TQSTACK_API_KEY
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,31}$")]
+KeyName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,31}$")]
 Limit = Annotated[int, Field(ge=1)] | None
 
 
@@ -35,7 +35,7 @@ class ClientKey(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Name
+    name: KeyName
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     at_once: Limit = None
     tokens_a_minute: Limit = None

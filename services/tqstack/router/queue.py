@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Generic, TypeVar
 
-Place = TypeVar("Place")
+Target = TypeVar("Target")
 _YIELD = 8  # rounds that a background prompt stands back for others
 
 
@@ -16,7 +16,7 @@ class QueueFullError(Exception):
 
 
 @dataclass(eq=False)
-class Ticket(Generic[Place]):
+class Ticket(Generic[Target]):
     """One that waits.
 
     Attributes:
@@ -25,11 +25,11 @@ class Ticket(Generic[Place]):
     """
 
     client: str
-    wants: tuple[Place, ...]
+    wants: tuple[Target, ...]
     turn: tuple[int, int] = (0, 0)
 
 
-class Queue(Generic[Place]):
+class Queue(Generic[Target]):
     """First come, first served among a client's own; clients take turns.
 
     Turns are rounds: in each, every client that waits is served once. So who sends a hundred
@@ -42,15 +42,15 @@ class Queue(Generic[Place]):
         self._round = 0  # that of the last one served
         self._rounds: dict[str, int] = {}  # each client's last, while one of its tickets waits
         self._numbers = count()
-        self._waiting: list[Ticket[Place]] = []  # by turn
+        self._waiting: list[Ticket[Target]] = []  # by turn
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def __iter__(self) -> Iterator[Ticket[Place]]:
+    def __iter__(self) -> Iterator[Ticket[Target]]:
         return iter(self._waiting)
 
-    def join(self, client: str, wants: tuple[Place, ...], background: bool) -> Ticket[Place]:
+    def join(self, client: str, wants: tuple[Target, ...], background: bool) -> Ticket[Target]:
         """
         Raises:
             QueueFullError: the queue is as long as it may be.
@@ -66,16 +66,16 @@ class Queue(Generic[Place]):
         self._waiting.sort(key=lambda one: one.turn)
         return ticket
 
-    def leave(self, ticket: Ticket[Place]) -> None:
+    def leave(self, ticket: Ticket[Target]) -> None:
         self._waiting.remove(ticket)
         if not any(one.client == ticket.client for one in self._waiting):
             self._rounds.pop(ticket.client, None)
 
-    def position(self, ticket: Ticket[Place]) -> int:
+    def position(self, ticket: Ticket[Target]) -> int:
         """1 for the next one."""
         return self._waiting.index(ticket) + 1
 
-    def serve(self, free: Callable[[Place], bool]) -> tuple[Ticket[Place], Place] | None:
+    def serve(self, free: Callable[[Target], bool]) -> tuple[Ticket[Target], Target] | None:
         """Takes the first one out that has a free place among those it wants, if there is one."""
         for ticket in self._waiting:
             for place in ticket.wants:

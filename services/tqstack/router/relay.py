@@ -23,7 +23,7 @@ from tqstack.router.failure import Failure
 from tqstack.router.journal import Record
 from tqstack.router.prefill import Unrepeated
 from tqstack.router.repair import ChatRepair, repair_whole
-from tqstack.router.upstream import Answer, UpstreamError
+from tqstack.router.upstream import Response, UpstreamError
 from tqstack.router.watch import StreamWatch
 from tqstack.settings import Settings
 
@@ -104,7 +104,7 @@ class Relay:
             if answer:
                 answer.close()
 
-    async def _refusal(self, answer: Answer) -> Failure:
+    async def _refusal(self, answer: Response) -> Failure:
         body = bytearray()
         while len(body) < _LARGEST_ERROR and (chunk := await answer.read(_REFUSAL_SECONDS)):
             body += chunk
@@ -112,7 +112,7 @@ class Relay:
 
     # Streams.
 
-    async def _first_event(self, answer: Answer, limit: float) -> bytes:
+    async def _first_event(self, answer: Response, limit: float) -> bytes:
         """Bytes up to the first event with data. Comments only show that the backend is at work."""
         kind = answer.headers.get("content-type", "")
         if not kind.startswith("text/event-stream"):
@@ -131,7 +131,7 @@ class Relay:
             raise failures.broken("unfinished", f"{self._name} ended its stream without an answer")
         return bytes(ready)
 
-    async def _stream(self, answer: Answer, ready: bytes) -> None:
+    async def _stream(self, answer: Response, ready: bytes) -> None:
         client, watch, gap = self._client, self.watch, self._settings.router_stall_seconds
         await client.stop_pings()
         await client.start_stream((*_kept(answer), *self._record.headers()))
@@ -170,7 +170,7 @@ class Relay:
 
     # Answers in one piece.
 
-    async def _body(self, answer: Answer, limit: float) -> None:
+    async def _body(self, answer: Response, limit: float) -> None:
         client, body, ended = self._client, bytearray(), False
         while len(body) <= _LARGEST_HELD and not ended:
             chunk = await answer.read(limit)
@@ -241,12 +241,12 @@ def _one_after_the_other(first: Change, second: Change) -> Change:
     return lambda data: second(first(data))
 
 
-def _kept(answer: Answer) -> list[tuple[bytes, bytes]]:
+def _kept(answer: Response) -> list[tuple[bytes, bytes]]:
     found = {name: answer.headers[name] for name in _KEPT_HEADERS if name in answer.headers}
     return encode(found)
 
 
-async def _drain(answer: Answer) -> None:
+async def _drain(answer: Response) -> None:
     """Reads to the end, so that the connection can be used again. Nothing follows `[DONE]`."""
     with contextlib.suppress(UpstreamError):
         while await answer.read(_DRAIN_SECONDS):

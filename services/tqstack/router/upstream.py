@@ -1,6 +1,6 @@
 """The one seam to the backends: send a request, read the answer as bytes, over pooled connections.
 
-The rest of the router knows `Upstream.send` and `Answer` only. It is a client of its own, on the
+The rest of the router knows `Upstream.send` and `Response` only. It is a client of its own, on the
 parser that uvicorn uses too, because this is where a proxy's time goes: the common clients take
 several times as long for a request, and hide whether a connection that broke was a pooled one.
 """
@@ -235,7 +235,7 @@ class _Connection(asyncio.Protocol):
             self._reset()
 
 
-class Answer:
+class Response:
     """A backend's answer: status and headers are there, the body is read piece by piece."""
 
     def __init__(self, connection: _Connection, pool: list[_Connection]):
@@ -297,7 +297,7 @@ class Upstream:
         limit: float,
         give_up_reason: GiveUpReason | None = None,
         certificate: str = "",
-    ) -> Answer:
+    ) -> Response:
         """Sends a request, and waits up to `limit` seconds for the answer's headers.
 
         `give_up_reason` is asked every second, here and whenever the answer is waited for. With a
@@ -314,7 +314,7 @@ class Upstream:
             try:
                 connection.request(data, body, give_up_reason)
                 await connection.wait_head(limit)
-                return Answer(connection, pool)
+                return Response(connection, pool)
             except UpstreamError as error:
                 connection.abort()
                 # The backend may have closed a pooled connection just as it was taken up again.

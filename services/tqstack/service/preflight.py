@@ -6,7 +6,6 @@ Standard library only: it runs with the system's Python, `python3 -m tqstack.ser
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import re
 import shutil
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tqstack.machine import DEFAULT_MAC_MODEL, SMALL_MEMORY, accelerator, machine_memory
+from tqstack.machine import DEFAULT_MAC_MODEL, SMALL_MEMORY, accelerator, hub_cache, machine_memory
 
 GB = 10**9
 DISK_FOR_MODEL, DISK_FOR_PACKAGES = 30 * GB, 3 * GB
@@ -25,7 +24,7 @@ OLDEST_MACOS = 14
 
 
 @dataclass(frozen=True)
-class Facts:
+class MachineFacts:
     """What was found. Versions are tuples of numbers; None: there is none. Sizes are in bytes."""
 
     system: str
@@ -45,7 +44,7 @@ class Remark:
     text: str
 
 
-def judge(facts: Facts) -> Iterator[Remark]:
+def judge(facts: MachineFacts) -> Iterator[Remark]:
     """All that is worth saying; what is `cannot` keeps tqstack from running."""
     on_mac = facts.system == "Darwin"
     if on_mac and facts.machine != "arm64":
@@ -80,7 +79,7 @@ def judge(facts: Facts) -> Iterator[Remark]:
         yield Remark("note" if old else "ok", f"Ollama {version}{newer}")
 
 
-def find_facts(model: str) -> Facts:
+def find_facts(model: str) -> MachineFacts:
     """Of this machine."""
     home, memory = Path.home(), machine_memory()
     if not model:
@@ -88,9 +87,8 @@ def find_facts(model: str) -> Facts:
         model = DEFAULT_MAC_MODEL if on_big_mac else "demo"
     here = model == "demo" or Path(model).expanduser().is_dir()
     macos = platform.mac_ver()[0]
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / ".cache/huggingface/hub")
-    cached = cache / f"models--{model.replace('/', '--')}"
-    return Facts(
+    cached = hub_cache() / f"models--{model.replace('/', '--')}"
+    return MachineFacts(
         system=platform.system(),
         machine=platform.machine(),
         macos=int(macos.split(".")[0]) if macos else None,

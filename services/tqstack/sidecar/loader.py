@@ -9,7 +9,7 @@ import mlx.core as mx
 from tqstack.engine.disk import DiskStore
 from tqstack.engine.worker import Worker
 from tqstack.machine import accelerator, cache_folder
-from tqstack.models.planning import Facts, read_facts
+from tqstack.models.planning import ModelFacts, read_facts
 from tqstack.models.runtime import Runtime, load_runtime
 from tqstack.models.spec import ModelNotFoundError
 from tqstack.ranks.group import Group
@@ -28,8 +28,8 @@ class Loader:
         self._settings, self.group = settings, group
         self.freed: dict[str, int] = {}  # what Ollama gave back last: model -> bytes
 
-    def planned(self) -> Facts:
-        """Facts of the model from its files.
+    def planned(self) -> ModelFacts:
+        """What is told of the model from its files.
 
         Raises:
             ModelNotFoundError, BrokenFileError, NotCompressedError, SettingsError

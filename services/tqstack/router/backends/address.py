@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from tqstack.router.upstream import Answer, GiveUpReason, Upstream
+from tqstack.router.upstream import GiveUpReason, Response, Upstream
 
 _LARGEST_ANSWER = 8 << 20  # of what the router asks for itself
 
@@ -33,7 +33,7 @@ class Address:
         headers: Mapping[str, str],
         limit: float,
         give_up_reason: GiveUpReason | None = None,
-    ) -> Answer:
+    ) -> Response:
         """See `Upstream.send`.
 
         Raises:

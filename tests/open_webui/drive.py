@@ -1,6 +1,6 @@
 """Drives Open WebUI against a running stack, in headless Chromium, and takes the screenshots.
 
-    PYTHON open-webui/check.py --router http://127.0.0.1:8000 --sidecar http://127.0.0.1:8001
+    PYTHON tests/open_webui/drive.py --router http://127.0.0.1:8000 --sidecar http://127.0.0.1:8001
 
 PYTHON is one with the packages open-webui and playwright; Chromium is `chromium` on the PATH, or
 CHROMIUM names it. TQSTACK_API_KEY is the key, if the stack wants one. Prints what was seen, as

@@ -16,17 +16,17 @@ ALL: tuple[str, ...] = ("baseline", "mlx_quant", "turboquant")
 NAMES = (*ALL, "mlx_lm")
 
 
-class Backend(NamedTuple):
+class CachedModel(NamedTuple):
     model: nn.Module
     make_cache: MakeCache
 
 
-def backends(
+def cached_models(
     names: list[str],
     model: nn.Module,
     bits: KVCodecs | Bits = 4,
     as_installed: Callable[[], nn.Module] | None = None,
-) -> dict[str, Backend]:
+) -> dict[str, CachedModel]:
     """A model with these caches: plain ("baseline"), mlx-lm's 4-bit one, compressed. "mlx_lm": with
     the plain one and its layers as mlx-lm makes them, `as_installed`."""
 
@@ -36,16 +36,16 @@ def backends(
             cache[i] = QuantizedKVCache(group_size=64, bits=4)
         return cache
 
-    def backend(name: str) -> Backend:
+    def cached(name: str) -> CachedModel:
         if name == "mlx_lm":
             assert as_installed is not None, "where the model as mlx-lm makes it is to come from"
             plain = as_installed()
-            return Backend(plain, lambda: make_prompt_cache(plain))
+            return CachedModel(plain, lambda: make_prompt_cache(plain))
         make: dict[str, MakeCache] = {
             "baseline": lambda: make_prompt_cache(model),
             "mlx_quant": quantized,
             "turboquant": lambda: make_turboquant_cache(model, bits),
         }
-        return Backend(model, make[name])
+        return CachedModel(model, make[name])
 
-    return {name: backend(name) for name in names}
+    return {name: cached(name) for name in names}
