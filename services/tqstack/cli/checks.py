@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tqstack.service.definition import NAMES, ServiceError, manager, this_place
+from tqstack.service.definition import NAMES, ServiceError, this_place
+from tqstack.service.manager import manager
 from tqstack.settings import Settings, config_path
 
 

@@ -19,10 +19,10 @@ from tqstack.service.definition import (
     Place,
     ServiceError,
     Status,
-    manager,
     remove_empty,
     this_place,
 )
+from tqstack.service.manager import manager
 
 app = typer.Typer(
     help="Run router and sidecar in the background: launchd on macOS, systemd on Linux.",

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tqstack.attention.blocks import BLOCK_TOKENS
+from tqstack.attention.kernels.prefill import SPAN_BYTES
+from tqstack.attention.tiled import KEY_TILE
 from tqstack.models.geometry import Geometry
 
 MIB = 1 << 20
-KEY_TILE = 1024  # of tqstack.attention.tiled
-QUERY_BLOCK = 128  # the same on a CPU
-SPAN_BYTES = 64 << 20  # of tqstack.attention.kernels.prefill
 SLACK = 4 * MIB  # of a prefill step: small arrays that have no formula
 
 
@@ -129,7 +129,7 @@ def _tiles_on_a_cpu(geometry: Geometry, tokens: int) -> int:
     and values are there as codes' levels, scaled, and in the order of heads.
     """
     g = geometry
-    rows, block = (4 * g.query_heads * n for n in (tokens, min(tokens, QUERY_BLOCK)))
+    rows, block = (4 * g.query_heads * n for n in (tokens, min(tokens, BLOCK_TOKENS)))
     decoded = 4 * KEY_TILE * max((layer.token_values for layer in g.softmax), default=0)
     return KEY_TILE * (8 * rows + 4 * block) + 3 * decoded + 4 * rows * g.head_dim
 

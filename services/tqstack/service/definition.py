@@ -95,17 +95,6 @@ def lasting(path: Path) -> Path:
     return linked if linked.exists() else path
 
 
-def manager(place: Place) -> Manager:
-    """This system's service manager."""
-    if sys.platform == "darwin":
-        from tqstack.service.launchd import Launchd
-
-        return Launchd(place)
-    from tqstack.service.systemd import Systemd
-
-    return Systemd(place)
-
-
 def call(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run a service manager's command.
 
