@@ -63,7 +63,7 @@ def test_a_cut_file_or_an_unknown_format_is_said_in_a_sentence(converted, tmp_pa
     config = json.loads((newer / "config.json").read_text())
     config["quantization"]["version"] = 99
     (newer / "config.json").write_text(json.dumps(config))
-    for folder, said in ((cut, "should hold"), (newer, "update tqstack")):
+    for folder, said in ((cut, "is not whole"), (newer, "update tqstack")):
         result = tqstack(tmp_path, "generate", str(folder), "hi", "--max-tokens", "1")
         assert result.returncode == 2 and said in " ".join(result.stderr.split())
         assert "Traceback" not in result.stderr

@@ -195,13 +195,9 @@ def test_a_file_that_was_cut_short_is_found_by_its_header(tmp_path):
     whole = demo_model.PATH / "model.safetensors"
     assert sum(t.nbytes for t in read_header(whole).values()) < whole.stat().st_size
     cut = tmp_path / "model.safetensors"
-    for content, words in [
-        (whole.read_bytes()[:-1], "should hold"),
-        (b"", "no safetensors header"),
-        (b"<html>404</html>", "no safetensors header"),
-    ]:
+    for content in (whole.read_bytes()[:-1], b"", b"<html>404</html>"):
         cut.write_bytes(content)
-        with pytest.raises(BrokenFileError, match=words):
+        with pytest.raises(BrokenFileError, match=r"is not whole .* download the model again"):
             read_header(cut)
 
 
