@@ -72,4 +72,4 @@ def test_memory_does_not_grow_with_the_longest_sequence():
         mx.eval(cache.attend(queries, 0.3))
         return mx.get_peak_memory() - held
 
-    assert workspace(16_000) < 1.5 * workspace(2_000)
+    assert workspace(32_000) < 1.5 * workspace(8_000)  # several tiles are on their way at once

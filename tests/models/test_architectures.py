@@ -17,6 +17,7 @@ from tqstack.attention.dispatch import NotCompressedError, prove
 from tqstack.models.adapt import adapt
 from tqstack.models.cache_spec import CacheSpec, read_cache_spec
 from tqstack.models.families import READERS, read_geometry
+from tqstack.models.layers import products
 from tqstack.models.load import load_model
 from tqstack.models.measure import layer_kinds, measure
 from tqstack.models.plan import Machine, prefill_workspace
@@ -207,7 +208,7 @@ def test_our_layers_take_the_place_of_the_slow_ones_and_give_the_same_logits(nam
     convolutions = sum(layer.convolution > 0 for layer in layers)
     delta = convolutions if name.startswith(("qwen3-next", "qwen3.5")) else 0
     assert (replaced["gated delta"], replaced["convolution"]) == (delta, convolutions)
-    assert replaced["products"]
+    assert replaced["products"] or not products.pays()
     assert distance(read(model, PLAIN.make(model), tokens(40)), want) < ROUNDING
 
 

@@ -1,4 +1,4 @@
-"""Products in parts and gates: what a CPU has in place of MLX's own."""
+"""Products with panels and gates: what a CPU has in place of MLX's own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.models import activations as plain
 from mlx_lm.models import step3p5
 
@@ -42,34 +43,49 @@ def test_gates_of_a_model_are_replaced_and_those_of_others_stay():
     assert mx.allclose(step3p5.clamped_swiglu(x, gate, mx.array(3.0)), want, atol=1e-5)
 
 
+@pytest.fixture
+def paying(monkeypatch):
+    """Panels, whatever this machine's BLAS thinks of them."""
+    monkeypatch.setattr(products, "pays", lambda: True)
+
+
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, 8, 9])
-def test_a_product_in_parts_is_the_product(rows, bias, monkeypatch):
-    monkeypatch.setattr(products, "parts", lambda *_: 4)
-    linear = nn.Linear(24, 32, bias=bias)
-    x = mx.random.normal((rows, 1, 24))
+@pytest.mark.parametrize("rows", [1, 3, 8, 500])
+@pytest.mark.parametrize("outputs", [128, 96, 24])
+def test_a_product_with_panels_is_the_product(paying, outputs, rows, bias):
+    linear = nn.Linear(72, outputs, bias=bias)
+    x, weight = mx.random.normal((rows, 1, 72)), linear.weight
     want = linear(x)
-    assert products.install(linear) == 1
+    assert products.install(linear) == (outputs % 16 == 0)
     assert linear(x).shape == want.shape and mx.allclose(linear(x), want, atol=1e-6)
+    assert mx.array_equal(linear.weight, weight)
+    assert sum(w.nbytes for _, w in tree_flatten(linear.parameters())) == 4 * (
+        weight.size + outputs * bias
+    )
 
 
-def test_an_output_head_in_parts_is_the_head(monkeypatch):
-    monkeypatch.setattr(products, "parts", lambda *_: 8)
-    embedding = nn.Embedding(64, 24)
+def test_an_output_head_in_panels_is_the_head_and_looks_tokens_up(paying):
+    embedding, tokens = nn.Embedding(128, 24), mx.array([[3, 5], [127, 64]])
     x = mx.random.normal((2, 2, 24))
-    want, looked_up = embedding.as_linear(x), embedding(mx.array([3, 5]))
+    want, looked_up = embedding.as_linear(x), embedding(tokens)
     assert products.install(embedding) == 1
     assert mx.allclose(embedding.as_linear(x), want, atol=1e-6)
-    assert mx.array_equal(embedding(mx.array([3, 5])), looked_up)
+    assert mx.array_equal(embedding(tokens), looked_up)
 
 
-def test_a_product_is_divided_only_where_that_was_faster(monkeypatch):
-    products.parts.cache_clear()
-    for whole, divided, faster in ((2.0, 1.0, True), (1.0, 1.0, False)):
-        times = [whole, divided] * 5
+def test_an_embedding_beside_a_head_stays(paying):
+    model = nn.Module()
+    model.embed_tokens, model.lm_head = nn.Embedding(128, 24), nn.Linear(24, 128, bias=False)
+    assert products.install(model) == 1 and type(model.embed_tokens) is nn.Embedding
+
+
+def test_matrices_are_put_in_panels_only_where_that_was_faster(monkeypatch):
+    for whole, panels, faster in ((2.0, 1.0, True), (1.0, 0.9, False)):
+        products.pays.cache_clear()
+        times = [whole, panels] * 9
         monkeypatch.setattr(products, "_seconds", lambda _, times=times: times.pop(0))
-        count = products.parts(4, 1024, 384, mx.float32)
-        assert (count > 1) == faster and 1024 % count == 0
-        products.parts.cache_clear()
-    assert products.parts(1, 8, 8, mx.float32) == 1  # small already
-    assert products.parts(4, 1024, 384, mx.bfloat16) == 1
+        assert products.pays() == faster
+        assert products.install(nn.Linear(64, 64)) == faster
+    products.pays.cache_clear()
+    assert products.width_of(mx.zeros((64, 8), mx.bfloat16)) is None
+    assert products.width_of(mx.zeros((64, 100_000))) is None  # no panel is small enough

@@ -13,6 +13,7 @@ from tqstack.models.layers import (
     gated_delta,
     products,
     steps,
+    whole,
 )
 
 
@@ -31,6 +32,7 @@ def adapt(model: nn.Module) -> dict[str, int]:
     if dialect is None:
         replaced["activations"] = activations.install(model)
         replaced["products"] = products.install(model)
+        replaced["layers"] = whole.install(model)
     else:
         replaced["layers"] = decoder.install(model)
         replaced["experts"] = experts.install(model)
@@ -44,6 +46,7 @@ def adapt_head(head: nn.Module) -> None:
     if gpu_dialect() is None:
         activations.install(head)
         products.install(head)
+        whole.install(head)
         steps.install(head)
     else:
         decoder.install(head)

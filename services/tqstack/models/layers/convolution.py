@@ -14,9 +14,11 @@ import mlx.nn as nn
 class ShiftedConv1d(nn.Conv1d):
     """`nn.Conv1d` with a filter per channel, stride 1 and no padding, accumulated in float32."""
 
+    _filters: list[mx.array]  # (channels,) float32 for each tap
+
     def __call__(self, x: mx.array) -> mx.array:
         """(B, tokens + taps - 1, channels) -> (B, tokens, channels)"""
-        y = _shifted_sum(x, self.weight)
+        y = _shifted_sum(x, *self._filters)
         return y + self.bias if "bias" in self else y
 
 
@@ -25,6 +27,8 @@ def install(model: nn.Module) -> int:
     found = [module for module in model.modules() if _is_causal_depthwise(module)]
     for module in found:
         module.__class__ = ShiftedConv1d
+        module._filters = [x.astype(mx.float32) for x in module.weight[..., 0].T]
+        mx.eval(module._filters)
     return len(found)
 
 
@@ -37,11 +41,7 @@ def _is_causal_depthwise(module: nn.Module) -> bool:
 
 
 @mx.compile
-def _shifted_sum(x: mx.array, weight: mx.array) -> mx.array:
-    """weight: (channels, taps, 1)"""
-    taps = weight.shape[1]
-    tokens = x.shape[1] - taps + 1
-    y = mx.zeros((1, 1, 1))
-    for tap in range(taps):
-        y = y + x[:, tap : tap + tokens].astype(mx.float32) * weight[:, tap, 0]
-    return y.astype(x.dtype)
+def _shifted_sum(x: mx.array, *filters: mx.array) -> mx.array:
+    tokens = x.shape[1] - len(filters) + 1
+    parts = (x[:, i : i + tokens].astype(mx.float32) * taps for i, taps in enumerate(filters))
+    return sum(parts, start=mx.array(0.0)).astype(x.dtype)

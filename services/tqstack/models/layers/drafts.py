@@ -13,13 +13,13 @@ memory for as many states, and running accepted tokens again reads all matrices 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import qwen3_5, qwen3_next
 from mlx_lm.models.cache import ArraysCache
-from mlx_lm.models.gated_delta import normalize_qk
 
 MOST_TOKENS = 8  # at once
 LAYERS = (qwen3_5.GatedDeltaNet, qwen3_next.Qwen3NextGatedDeltaNet)
@@ -69,18 +69,33 @@ def several(
     B, L, _ = x.shape
     mixed, z, b, a = _projected(mixer, x)
     window = mx.concatenate([past, mixed], axis=1)
-    ends = [mixer.key_dim, 2 * mixer.key_dim]
-    q, k, v = mx.split(nn.silu(mixer.conv1d(window)), ends, axis=-1)
-    q, k = (part.reshape(B, L, mixer.num_k_heads, mixer.head_k_dim) for part in (q, k))
-    q, k = normalize_qk(q, k, inv_scale=mixer.head_k_dim**-0.5, eps=1e-6)
-    v = v.reshape(B, L, mixer.num_v_heads, mixer.head_v_dim)
+    qk, v = mx.split(nn.silu(mixer.conv1d(window)), [2 * mixer.key_dim], axis=-1)
+    Dk, heads = mixer.head_k_dim, (B, L, mixer.num_k_heads, -1)  # each with its value heads
+    qk = mx.fast.rms_norm(qk.reshape(B, L, -1, Dk), None, 1e-6 / Dk)  # of length Dk^0.5
+    qk = qk.reshape(B, L, 2, heads[2], Dk).transpose(0, 3, 2, 1, 4).astype(mx.float32)
+    read = qk.reshape(B, heads[2], 1, 2 * L, Dk) * Dk**-0.5
+    v = v.reshape(*heads, mixer.head_v_dim).transpose(0, 2, 3, 1, 4).astype(mx.float32)
     rate = mx.exp(mixer.A_log.astype(mx.float32))
     log_g = -rate * nn.softplus((a + mixer.dt_bias).astype(mx.float32))
-    y, held = _recurrence(q, k, v, log_g, mx.sigmoid(b), state)
+    gates = mx.maximum(log_g, _LOG_GATE_MIN), mx.sigmoid(b).astype(mx.float32)
+    log_g, beta = (gate.reshape(heads).transpose(0, 2, 3, 1) for gate in gates)
+    y, held = _recurrence(read, v, log_g, beta, state.reshape(B, heads[2], -1, *state.shape[2:]))
+    y = (Dk**-0.5 * y).transpose(0, 3, 1, 2, 4).reshape(B, L, -1, mixer.head_v_dim)
     out = mixer.out_proj(mixer.norm(y.astype(x.dtype), z).reshape(B, L, -1))
     if (group := getattr(mixer, "sharding_group", None)) is not None:
         out = mx.distributed.all_sum(out, group=group)
     return out, (window, *held)
+
+
+def single(
+    mixer: Any, x: mx.array, past: mx.array, state: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The layer's answer to a token (B, 1, width), and what the convolution still needs and the
+    state behind it."""
+    out, (window, u, k, log_G) = several(mixer, x, past, state)
+    old = state.reshape(*u.shape[:3], *state.shape[2:])
+    new = mx.exp(log_G)[..., None] * old + u.swapaxes(-1, -2) * k
+    return out, window[:, 1:], new.reshape(state.shape)
 
 
 def _projected(mixer: Any, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
@@ -96,34 +111,40 @@ def _projected(mixer: Any, x: mx.array) -> tuple[mx.array, mx.array, mx.array, m
     return mixer.in_proj_qkv(x), z, mixer.in_proj_b(x), mixer.in_proj_a(x)
 
 
-def _recurrence(q, k, v, log_g, beta, state) -> tuple[mx.array, tuple[mx.array, ...]]:
-    """(B, L, heads, d) each, gates (B, L, Hv) -> y (B, L, Hv, Dv), and u, k (B, Hv, L, d) and the
-    sums of log_g (B, Hv, L)."""
-    L, repeats = q.shape[1], v.shape[2] // k.shape[2]
-    q, k, v = (x.astype(mx.float32).swapaxes(1, 2) for x in (q, k, v))
-    q, k = (mx.repeat(x, repeats, axis=1) for x in (q, k))
-    log_G = mx.cumsum(mx.maximum(log_g, _LOG_GATE_MIN), axis=1).swapaxes(1, 2)
-    G, beta = mx.exp(log_G)[..., None], beta.astype(mx.float32).swapaxes(1, 2)[..., None]
-    t = mx.arange(L)
-    behind = t[:, None] >= t
+def _recurrence(
+    read: mx.array, v: mx.array, log_g: mx.array, beta: mx.array, state: mx.array
+) -> tuple[mx.array, tuple[mx.array, ...]]:
+    """
+    Args:
+        read: (B, key heads, 1, 2 L, Dk) queries, then keys.
+        v: (B, key heads, value heads of each, L, Dv); log_g, beta: the same without Dv.
+        state: (B, key heads, value heads of each, Dv, Dk)
+
+    Returns:
+        y as v, and u as v, keys as they came, and the sums of log_g.
+    """
+    L, k = v.shape[3], read[..., v.shape[3] :, :]
+    recalled, pairs = read @ state.swapaxes(-1, -2), read @ k.swapaxes(-1, -2)
+    log_G = mx.cumsum(log_g, axis=-1) if L > 1 else log_g
+    G = mx.exp(log_G)[..., None]
+    u = own = beta[..., None] * (v - G * recalled[..., L:, :])
+    if L == 1:
+        return G * recalled[..., :L, :] + pairs[..., :L, :] * u, (u, k, log_G)
+    behind, before = _triangles(L)
     difference = log_G[..., :, None] - log_G[..., None, :]
     decay = mx.exp(mx.where(behind, difference, -mx.inf))  # G_t / G_i for i <= t
-    read = mx.concatenate([k, q], axis=2)  # the state is read once for both
-    recalled, pairs = read @ state.swapaxes(-1, -2), read @ k.swapaxes(-1, -2)
-    A = mx.where(t[:, None] > t, pairs[..., :L, :] * decay * beta, 0.0)
-    u = _inverse(A) @ (beta * (v - G * recalled[..., :L, :]))
-    y = G * recalled[..., L:, :] + (pairs[..., L:, :] * decay) @ u
-    return y.swapaxes(1, 2), (u, k, log_G)
+    A = mx.where(before, pairs[..., L:, :] * decay * beta[..., None], 0.0)
+    for _ in range(L - 1):  # (I + A) u = own: each round makes one token more right
+        u = own - A @ u
+    return G * recalled[..., :L, :] + (pairs[..., :L, :] * decay) @ u, (u, k, log_G)
 
 
-def _inverse(A: mx.array) -> mx.array:
-    """(I + A)^-1 of a strictly lower triangular A of at most 8 rows: its 8th power is 0."""
-    L, eye = A.shape[-1], mx.eye(A.shape[-1])
-    inverse, power = eye - A, A
-    for _ in range((L - 1).bit_length() - 1):
-        power = power @ power
-        inverse = inverse + inverse @ power
-    return inverse
+@lru_cache
+def _triangles(L: int) -> tuple[mx.array, mx.array]:
+    """(L, L) whether a column is a token of the row or before, and whether it is before."""
+    found = mx.tril(mx.ones((L, L))) > 0, mx.tril(mx.ones((L, L)), -1) > 0
+    mx.eval(found)
+    return found
 
 
 @mx.compile
@@ -131,10 +152,12 @@ def accepted(
     state: mx.array, window: mx.array, u: mx.array, k: mx.array, log_G: mx.array, counts: mx.array
 ) -> tuple[mx.array, mx.array]:
     """What the convolution still needs and the state, behind counts[i] tokens of sequence i."""
-    L = k.shape[2]
+    L = k.shape[3]
     at = counts[:, None] + mx.arange(window.shape[1] - L)
     past = mx.take_along_axis(window, at[..., None], axis=1)
-    last = mx.take_along_axis(log_G, counts[:, None, None] - 1, axis=2)  # (B, Hv, 1)
-    stays = mx.arange(L) < counts[:, None, None]
+    last = mx.take_along_axis(log_G, counts[:, None, None, None] - 1, axis=3)  # (B, Hk, Hv / Hk, 1)
+    stays = mx.arange(L) < counts[:, None, None, None]
     share = mx.exp(mx.where(stays, last - log_G, -mx.inf))[..., None]  # G_c / G_t
-    return past, mx.exp(last)[..., None] * state + (u * share).swapaxes(-1, -2) @ k
+    old = state.reshape(*u.shape[:3], *state.shape[2:])
+    new = mx.exp(last)[..., None] * old + (u * share).swapaxes(-1, -2) @ k
+    return past, new.reshape(state.shape)

@@ -1,84 +1,114 @@
-"""Products of a few tokens with a weight matrix on a CPU, in parts where that is faster.
+"""Products of a few tokens with a matrix on a CPU, which lies in panels where that is faster.
 
-OpenBLAS copies a matrix for a product of 2 rows or more, which takes longer than the product: four
-rows cost four times one (1,024 x 384, AVX-512). Of small matrices it makes no copy. So the matrix
-is taken as a stack of small ones, as it lies in memory. Other processors and libraries have other
-limits: for each size of matrix it is measured once.
+OpenBLAS copies a matrix for a product of 2 rows or more, which takes longer than the product, and
+reads it by rows for one; several threads that share a small product wait for each other. Its code
+for small matrices does neither. So a matrix is kept as a stack of such: 64 outputs each, their
+weights for an input side by side. Then a product takes as long as its matrix needs to come from
+memory, for one row or for five (1,024 x 384, AVX-512, one thread: 79 and 95 us; as `nn.Linear` has
+it 150 and 318). Prompts put the matrix together again, a copy that is a twentieth of their product.
+OpenBLAS has that code for some processors only, and so it is measured whether panels pay.
 """
 
 from __future__ import annotations
 
 import time
-from functools import lru_cache
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
 
-MOST_ROWS = 8  # beyond them the copy is a small part
-PART = 1 << 18  # multiplications of a part: of more, OpenBLAS uses several threads
-GAIN = 0.8  # of the time: less is noise
+SMALL = 1_000_000  # multiplications of a product for which OpenBLAS uses that code
+ROWS = 8  # that every product must have room for
+WIDTHS = (64, 32, 16)  # of panels, the faster ones first
+GAIN = 0.6  # of the time: less is noise, or what threads that share a product lose to each other
 
 
-class Parts(nn.Linear):
-    """`nn.Linear`, in parts for few tokens."""
+class Panels(nn.Linear):
+    """`nn.Linear` with its matrix in panels."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        count = _parts_for(x, self.weight)
-        if count == 1:
-            return super().__call__(x)
-        y = in_parts(x, self.weight, count)
-        return y + self.bias if "bias" in self else y
+        y = product(x, self["panels"])
+        return y + self["bias"] if "bias" in self else y
+
+    @property
+    def weight(self) -> mx.array:
+        return matrix(self["panels"]).T
 
 
-class HeadParts(nn.Embedding):
+class HeadPanels(nn.Embedding):
     """`nn.Embedding` that is the output head, too."""
 
+    def __call__(self, x: mx.array) -> mx.array:
+        panels = self["panels"]
+        width = panels.shape[-1]
+        return panels.swapaxes(1, 2)[x // width, x % width]
+
     def as_linear(self, x: mx.array) -> mx.array:
-        count = _parts_for(x, self.weight)
-        return super().as_linear(x) if count == 1 else in_parts(x, self.weight, count)
+        return product(x, self["panels"])
+
+    @property
+    def weight(self) -> mx.array:
+        return matrix(self["panels"]).T
 
 
 def install(model: nn.Module) -> int:
-    """Turn a model's linear layers into these; returns how many."""
+    """Turn a model's linear layers into these, where that pays; returns how many."""
+    if not pays():
+        return 0
+    modules = dict(model.named_modules())
+    heads = {} if any(path.endswith("lm_head") for path in modules) else {nn.Embedding: HeadPanels}
     count = 0
-    for module in model.modules():
-        faster = {nn.Linear: Parts, nn.Embedding: HeadParts}.get(type(module))
-        if faster is not None:
+    for module in modules.values():
+        faster = {nn.Linear: Panels, **heads}.get(type(module))
+        width = faster and width_of(module["weight"])
+        if faster and width:
+            module["panels"] = in_panels(module.pop("weight"), width)
+            mx.eval(module["panels"])  # one after the other, or all would be held twice
             module.__class__ = faster
-            for rows in (1, 2, 4, 8):
-                parts(rows, *module.weight.shape, module.weight.dtype)
             count += 1
     return count
 
 
-def in_parts(x: mx.array, weight: mx.array, count: int) -> mx.array:
-    """x @ weight.T: (..., K) and (N, K) -> (..., N)"""
+def width_of(weight: mx.array) -> int | None:
+    """Outputs of a panel of (N, K) weights; None: they stay as they are."""
     N, K = weight.shape
-    stack = weight.reshape(count, N // count, K).swapaxes(1, 2)
-    y = x.reshape(1, -1, K) @ stack  # (count, rows, N / count)
-    return y.swapaxes(0, 1).reshape(*x.shape[:-1], N)
+    fitting = (width for width in WIDTHS if N % width == 0 and ROWS * K * width <= SMALL)
+    return next(fitting, None) if weight.dtype == mx.float32 else None
 
 
-def _parts_for(x: mx.array, weight: mx.array) -> int:
-    rows = x.size // x.shape[-1]
-    if not 0 < rows <= MOST_ROWS:
-        return 1
-    return parts(1 << (rows - 1).bit_length(), *weight.shape, weight.dtype)
+def in_panels(weight: mx.array, width: int) -> mx.array:
+    """(N, K) -> (N / width, K, width)"""
+    N, K = weight.shape
+    return mx.contiguous(weight.reshape(N // width, width, K).swapaxes(1, 2))
 
 
-@lru_cache(maxsize=1024)
-def parts(rows: int, N: int, K: int, dtype: mx.Dtype) -> int:
-    """Parts in which a product of so many rows with (N, K) is fastest here; 1: undivided."""
-    count = next((n for n in range(1, N + 1) if N % n == 0 and rows * K * (N // n) <= PART), N)
-    if count == 1 or dtype != mx.float32:
-        return 1
-    x, weight = mx.zeros((rows, K)), mx.zeros((N, K))
-    mx.eval(x, weight)
-    whole, divided = float("inf"), float("inf")
-    for _ in range(5):  # in turn, so that a busy moment hits both
+def matrix(panels: mx.array) -> mx.array:
+    """(N / width, K, width) -> (K, N)"""
+    return panels.swapaxes(0, 1).reshape(panels.shape[1], -1)
+
+
+def product(x: mx.array, panels: mx.array) -> mx.array:
+    """(..., K) and (N / width, K, width) -> (..., N)"""
+    K, width = panels.shape[1:]
+    rows = x.size // K
+    if not 0 < rows * K * width <= SMALL:
+        (panels,) = mx.depends([panels], [x])  # now, or all of a model's would be held at once
+        return x @ matrix(panels)
+    y = x.reshape(1, rows, K) @ panels  # (N / width, rows, width)
+    return y.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
+
+
+@cache
+def pays() -> bool:
+    """Whether products of few rows with panels are faster here than with a matrix as it is."""
+    x, weight = mx.zeros((4, 384)), mx.zeros((1024, 384))
+    panels = in_panels(weight, WIDTHS[0])
+    mx.eval(x, weight, panels)
+    whole, parts = float("inf"), float("inf")
+    for _ in range(9):  # in turn, so that a busy moment hits both
         whole = min(whole, _seconds(x @ weight.T))
-        divided = min(divided, _seconds(in_parts(x, weight, count)))
-    return count if divided < GAIN * whole else 1
+        parts = min(parts, _seconds(product(x, panels)))
+    return parts < GAIN * whole
 
 
 def _seconds(product: mx.array) -> float:
