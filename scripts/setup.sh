@@ -13,9 +13,9 @@ say() { printf 'tqstack: %s\n' "$*" >&2; }
 apt_install() {
   command -v apt-get >/dev/null && [ "$(id -u)" = 0 ] || return 1
   say "installing $*"
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" >/dev/null 2>&1 && return
-  DEBIAN_FRONTEND=noninteractive apt-get update -qq >/dev/null 2>&1 &&
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" >/dev/null 2>&1
+  local install=(env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@")
+  "${install[@]}" >/dev/null 2>&1 && return
+  apt-get update -qq >/dev/null 2>&1 && "${install[@]}" >/dev/null 2>&1
 }
 
 make_venv() {

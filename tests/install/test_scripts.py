@@ -34,6 +34,21 @@ def test_every_shell_script_passes_shellcheck():
     assert result.returncode == 0, result.stdout
 
 
+def test_a_fast_run_leaves_out_what_starts_a_process_and_says_so(tmp_path):
+    (tmp_path / "test_two.py").write_text(
+        "import subprocess\ndef test_one(): pass\ndef test_other(): subprocess.run('true')\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "conftest", "--fast", "."]
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+    )
+    assert "1 passed, 1 skipped" in result.stdout and "starts a process" in result.stdout
+
+
 @pytest.mark.parametrize("script", ["install.sh", "uninstall.sh"])
 def test_an_unknown_option_is_refused_with_the_usage(script):
     result = subprocess.run(

@@ -14,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from router.stack import HYBRID, LONG, Stack
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+NAMES = ("chromium", "chromium-headless-shell", "google-chrome", "chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 BUSY = {
     **HYBRID,
     "cache": {"codec": "turboquant-4", "bytes": 2_700_000, "bytes_fp16": 10_500_000},
