@@ -82,7 +82,7 @@ def test_an_embedding_beside_a_head_stays(paying):
 def test_matrices_are_put_in_panels_only_where_that_was_faster(monkeypatch):
     for whole, panels, faster in ((2.0, 1.0, True), (1.0, 0.9, False)):
         products.pays.cache_clear()
-        times = [whole, panels] * 9
+        times = [whole, panels] * products.TRIALS
         monkeypatch.setattr(products, "_seconds", lambda _, times=times: times.pop(0))
         assert products.pays() == faster
         assert products.install(nn.Linear(64, 64)) == faster
