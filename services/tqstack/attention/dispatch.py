@@ -67,11 +67,13 @@ def prove(model: nn.Module, cache: list[Any]) -> list[int]:
             "compressed; run it with TQ_CACHE_VERSION=none"
         )
     first = cache[compressed[0]]
-    reads = dict.fromkeys(compressed, 0)
+    reads, draft = dict.fromkeys(compressed, 0), getattr(model, "draft", None)
     prompt = first.exact_tokens + 2 * first.pool.block_tokens + 1
     for step, tokens in enumerate((prompt, 1), 1):
         try:
             mx.eval(model(mx.zeros((1, tokens), mx.int32), cache=cache))
+            if draft is not None:  # what a head keeps is read when it drafts
+                mx.eval(draft(mx.zeros(1, mx.int32), cache, 1, [1]))
         except (AttributeError, TypeError) as error:
             raise NotCompressedError(
                 "the model reads its cache in a way of its own, which compression does not "

@@ -18,7 +18,7 @@ from mlx_lm.models import qwen3_5, qwen3_next
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
-from tqstack.models.layers.drafts import Revocable
+from tqstack.models.layers.drafts import MOST_TOKENS, Revocable
 
 ENTRIES = 2  # of a cache that are the head's
 
@@ -41,9 +41,13 @@ class Head(nn.Module):
     def __call__(self, hidden: mx.array, embedded: mx.array, cache: Any = None) -> mx.array:
         """(B, L, width) hidden states, the model's (behind its last norm) or the head's own, and
         the embeddings of the tokens drawn from them -> (B, L, width) for the output head."""
-        parts = [self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)]
-        x = self.fc(mx.concatenate(parts, axis=-1))
+        x = self.mixed(hidden, embedded)
         return self.norm(self.layers[0](x, create_attention_mask(x, cache), cache))
+
+    def mixed(self, hidden: mx.array, embedded: mx.array) -> mx.array:
+        """What its layer reads."""
+        parts = [self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)]
+        return self.fc(mx.concatenate(parts, axis=-1))
 
 
 class Predicting(nn.Module):
@@ -57,6 +61,15 @@ class Predicting(nn.Module):
     def __init__(self, body: nn.Module, head: Head):
         super().__init__()
         self.body, self.head = body, head
+        self._mix, self._say = mx.compile(self._mixed), mx.compile(self._said)
+
+    def _mixed(self, hidden: mx.array, tokens: mx.array) -> mx.array:
+        return self.head.mixed(hidden, text_model(self.body).model.embed_tokens(tokens))
+
+    def _said(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """(B, 1, width) of the head's layer -> the hidden state and (B,) likeliest tokens."""
+        hidden = self.head.norm(x)
+        return hidden, output(text_model(self.body), hidden)[:, -1].argmax(-1)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -71,15 +84,23 @@ class Predicting(nn.Module):
             return self.body(inputs)
         *own, pairs, last = cache
         text = text_model(self.body)
-        hidden, embedded = text.model(inputs, own), text.model.embed_tokens(inputs)
+        hidden = text.model(inputs, own)
         entry = last.entry if type(last) is Revocable else last
         before = mx.zeros_like(hidden[:, :1]) if entry[0] is None else entry[0]
-        self.head(mx.concatenate([before, hidden[:, :-1]], axis=1), embedded, pairs)
+        self._store(mx.concatenate([before, hidden[:, :-1]], axis=1), inputs, pairs)
         if type(last) is Revocable:
             last.behind = partial(_behind, hidden)
         else:
             entry[0] = hidden[:, -1:]
         return output(text, hidden)
+
+    def _store(self, hidden: mx.array, tokens: mx.array, pairs: Any) -> None:
+        """Keep the pairs of hidden states (B, L, width) and tokens (B, L)."""
+        layer: Any = self.head.layers[0]
+        if tokens.shape[1] <= MOST_TOKENS and hasattr(layer, "store"):
+            layer.store(self._mix(hidden, tokens), pairs)
+        else:  # of what its layer makes of them nothing is computed
+            self.head(hidden, text_model(self.body).model.embed_tokens(tokens), pairs)
 
     def aside(self, cache: list[Any]) -> list[mx.array]:
         """What a step leaves for the head. No logits need it, so it must be asked for, or its graph
@@ -97,12 +118,11 @@ class Predicting(nn.Module):
                 stored, so that no block is taken that nobody promised.
         """
         pairs, last = cache[-ENTRIES:]
-        text, hidden, lengths, found = text_model(self.body), last[0], list(pairs.lengths), []
+        layer, hidden, lengths, found = self.head.layers[0], last[0], list(pairs.lengths), []
         stored = [min(count, room) for room in rooms]
         pairs.prepare(lengths=stored, right_padding=[count - n for n in stored])
         for _ in range(count):
-            hidden = self.head(hidden, text.model.embed_tokens(tokens[:, None]), pairs)
-            tokens = output(text, hidden)[:, -1].argmax(-1)
+            hidden, tokens = self._say(layer(self._mix(hidden, tokens[:, None]), None, pairs))
             found.append(tokens)
         pairs.finalize()
         pairs.keep(lengths)

@@ -61,14 +61,20 @@ def _whole(base: type[nn.Module]) -> Any:
                     cache.advance(1)
                     return y
             elif type(cache) is TurboQuantKVCache and not isinstance(mask, mx.array):
-                begin, end = self._compiled
-                queries, keys, values, gates = begin(x, mx.array(cache.offset).reshape(-1))
-                found, scale = cache.update_and_fetch(keys, values), self.self_attn.scale
+                queries, gates, found = self.store(x, cache)
+                scale, end = self.self_attn.scale, self._compiled[1]
                 y = scaled_dot_product_attention(
                     queries, *found, cache=cache, scale=scale, mask=mask
                 )
                 return end(x, y, gates)
             return super().__call__(x, mask, cache)
+
+        def store(self, x: mx.array, cache: TurboQuantKVCache) -> tuple[mx.array, mx.array, Any]:
+            """Put a few tokens' keys and values into the cache. Their queries, the gates of what is
+            answered, and what attention reads."""
+            offsets = mx.array(cache.offset).reshape(-1)
+            queries, keys, values, gates = self._compiled[0](x, offsets)
+            return queries, gates, cache.update_and_fetch(keys, values)
 
         def _several(self, x: mx.array, past: mx.array, state: mx.array):
             mixed, held = several(self.linear_attn, self.input_layernorm(x), past, state)
