@@ -12,7 +12,7 @@ from pages import commands_of
 from tqstack.cli import app
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "open-webui/README.md", *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), ROOT / "open-webui/README.md", *ROOT.glob("docs/*.md")])
 TQSTACK = r"(?:\.venv/bin/)?tqstack "
 
 
@@ -46,3 +46,26 @@ def test_every_block_of_the_readme_is_of_a_language_that_tests_run():
     opening, closing = fences[::2], fences[1::2]
     assert not any(closing) and opening.count("") == 1  # the diagram
     assert set(opening) == {"bash", "python", ""}
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name behind a # of a page, as GitHub makes it of headings."""
+    headings = re.findall(r"(?m)^#+ (.+)$", page.read_text())
+    return {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_within_the_pages_leads_somewhere(page):
+    for target in re.findall(r"\]\((?!\w+:)([^)]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        found = page.parent / path if path else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+def test_every_file_that_contributing_names_exists():
+    named = re.findall(
+        r"`((?:services|tests|docs|scripts)/[\w./-]+)`", (ROOT / "CONTRIBUTING.md").read_text()
+    )
+    invented = [one for one in named if "NAME" not in one and not (ROOT / one).exists()]
+    assert len(named) > 20 and invented == []

@@ -77,6 +77,8 @@ CONFIGS = {
     # mlx-lm's Qwen 2 has no windows, whatever its config says; its heads follow from the width.
     "qwen2": of("qwen2", head_dim=32, layer_types=WINDOWS, sliding_window=32),
     "qwen3": of("qwen3"),
+    # Its fourth layer has no positions; mlx-lm keeps all keys of all of them.
+    "smollm3": of("smollm3", layers=4, layer_types=2 * WINDOWS, sliding_window=32),
     "qwen3-moe": of("qwen3_moe", **MIXTURE),
     "granite": of(
         "granite",

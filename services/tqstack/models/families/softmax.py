@@ -16,7 +16,7 @@ PLAIN = (
     *("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen3", "qwen3_moe", "qwen3_vl"),
     *("qwen3_vl_moe", "granite", "glm", "glm4", "glm4_moe", "phi3", "gemma", "gemma2", "cohere"),
     *("internlm2", "internlm3", "nemotron", "olmo2", "olmoe", "seed_oss", "stablelm"),
-    *("starcoder2", "helium", "hunyuan_v1_dense", "apertus", "dots1"),
+    *("starcoder2", "helium", "hunyuan_v1_dense", "apertus", "dots1", "smollm3"),
 )
 # An expert's size is `intermediate_size`.
 MIXTURES = ("mixtral", "granitemoe")
