@@ -124,9 +124,8 @@ def test_its_services_run_with_settings_and_model_and_are_moved_by_an_install(up
     for unit in UNITS:
         control("start", unit)
     serves_as_before()
-    machine.told("service", "install")
     shutil.rmtree(machine.home / "tqstack")  # the checkout of 0.1.0 is needed no more
-    machine.told("service", "restart")
+    machine.told("service", "install")
     serves_as_before()
     assert machine.told("service", "status").count("running") == 2
     for unit in UNITS:
