@@ -11,7 +11,9 @@ from models.architectures import CONFIGS, build
 from tqstack import demo_model
 from tqstack.engine import caches
 from tqstack.models import verification
+from tqstack.models.adapt import adapt_head
 from tqstack.models.cache_spec import CacheSpec
+from tqstack.models.layers.drafts import MOST_TOKENS
 from tqstack.models.load import load_model
 from tqstack.models.mtp import ENTRIES, Head, Predicting, output, text_model
 from tqstack.models.mtp_load import load_head
@@ -132,6 +134,27 @@ def test_drafts_are_what_the_head_says_and_leave_the_cache_as_it_was(name):
     assert mx.array_equal(found, model.draft(mx.array([4, 5]), batch, 3, [9, 1]))
     for i, (count, token) in enumerate(((len(PROMPT), 4), (20, 5))):
         assert found[i].tolist()[:2] == plainly(body, head, PROMPT[:count], token, 2)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_pairs_that_waited_are_those_that_a_prompt_stores(name):
+    body, head, _ = random_head(name)
+    adapt_head(head)
+    model, spec, token = Predicting(body, head), CacheSpec(KVCodecs.parse("tq4")), mx.array([7])
+    at_once, one_by_one = spec.make(model), spec.make(model)
+    model(mx.array([PROMPT]), cache=at_once)
+    model(mx.array([PROMPT[:9]]), cache=one_by_one)
+    for i, fed in enumerate(PROMPT[9:], 10):
+        model(mx.array([[fed]]), cache=one_by_one)
+        assert i - MOST_TOKENS <= one_by_one[-ENTRIES].lengths[0] < i
+    model.settle(one_by_one)
+    assert one_by_one[-ENTRIES].lengths == at_once[-ENTRIES].lengths == [len(PROMPT)]
+    tails = (cache[-ENTRIES].tails.part(0) for cache in (one_by_one, at_once))
+    for got, want in zip(*tails, strict=True):
+        stored = slice(0, len(PROMPT))
+        assert mx.allclose(got[:, :, stored], want[:, :, stored], atol=1e-4)
+    drafts = (model.draft(token, cache, 3, [9]) for cache in (one_by_one, at_once))
+    assert mx.array_equal(*drafts)
 
 
 def plainly(body, head, prompt, token, count):

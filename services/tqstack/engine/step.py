@@ -131,6 +131,7 @@ class Model:
         """Let a sequence decode whose prompt has been read but for its last token."""
         own, running.cache = running.cache, None
         assert own is not None
+        self._settle_head(own)
         job, drawer = running.job, running.drawer
         running.drafting = self.speculation.begin(
             job.tokens[:-1], job.longest, drawer.ends, drawer.waits
@@ -139,6 +140,7 @@ class Model:
         if not self.batch:
             self.cache, self._next = own, first
         else:
+            self._settle_head(self.cache)
             if len(self.batch) == 1:
                 self.cache = caches.merged([self.cache, own])
             else:
@@ -184,6 +186,11 @@ class Model:
         """What must be computed beside the next tokens: a head's part of the cache."""
         aside: Any = getattr(self._model, "aside", None)
         return aside(self.cache) if aside else []
+
+    def _settle_head(self, cache: Cache) -> None:
+        """Let a head store what it put off, before the cache is changed or copied."""
+        if settle := getattr(self._model, "settle", None):
+            settle(cache)
 
     # -- drafts ------------------------------------------------------------------------------
 
@@ -238,6 +245,7 @@ class Model:
         told, counts = self._told, [1 + len(own) for own in drafts]
         rows = zip(known, drafts, counts, strict=True)
         fed = mx.array([[at, *own, *[at] * (max(counts) - n)] for at, own, n in rows])
+        self._settle_head(self.cache)
         given = verification.revocable(self.cache, counts)
         logits = self._model(fed, cache=given)  # (B, 1 + most drafts, vocabulary)
         drawn, marks = self._draw_behind(logits, fed, counts)
@@ -314,6 +322,7 @@ class Model:
 
     def snapshot(self, running: Running) -> Cache:
         """The sequence's cache as it is now, in arrays of its own."""
+        self._settle_head(self.cache if running.cache is None else running.cache)
         if running.cache is not None:
             return caches.fork(running.cache)
         if len(self.batch) == 1:
@@ -331,6 +340,7 @@ class Model:
             self.clear()
             return
         assert self._next is not None
+        self._settle_head(self.cache)
         self._next = self._next[mx.array(stay)]
         if len(stay) == 1:
             self.cache = caches.row(self.cache, stay[0])

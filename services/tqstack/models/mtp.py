@@ -54,8 +54,9 @@ class Predicting(nn.Module):
     """A model with its head. Its cache has two entries more: the head's keys and values, as many as
     the model's, and the hidden state behind the last token.
 
-    The pair of a token is stored when the token is fed; what the head says of it is not computed
-    unless somebody asks for drafts.
+    The pair of a token is stored when the token is fed, or, of tokens that are fed one by one, with
+    some others at once: `settle` stores what waits. What the head says of it is not computed unless
+    somebody asks for drafts.
     """
 
     def __init__(self, body: nn.Module, head: Head):
@@ -82,21 +83,31 @@ class Predicting(nn.Module):
         """(B, L) tokens -> (B, L, vocabulary) logits."""
         if cache is None:
             return self.body(inputs)
-        *own, pairs, last = cache
+        *own, _, last = cache
         text = text_model(self.body)
-        hidden = text.model(inputs, own)
-        entry = last.entry if type(last) is Revocable else last
+        hidden, entry = text.model(inputs, own), last.entry if type(last) is Revocable else last
         before = mx.zeros_like(hidden[:, :1]) if entry[0] is None else entry[0]
-        self._store(mx.concatenate([before, hidden[:, :-1]], axis=1), inputs, pairs)
+        waiting = _waiting(entry)
+        if inputs.shape[1] > 1 or len(waiting) == MOST_TOKENS:
+            self.settle(cache)
+        waiting.append((mx.concatenate([before, hidden[:, :-1]], axis=1), inputs))
+        if inputs.shape[1] > 1:
+            self.settle(cache)
         if type(last) is Revocable:
             last.behind = partial(_behind, hidden)
         else:
             entry[0] = hidden[:, -1:]
         return output(text, hidden)
 
-    def _store(self, hidden: mx.array, tokens: mx.array, pairs: Any) -> None:
-        """Keep the pairs of hidden states (B, L, width) and tokens (B, L)."""
-        layer: Any = self.head.layers[0]
+    def settle(self, cache: list[Any]) -> None:
+        """Store the pairs that wait, before anything else is done with the cache."""
+        *_, pairs, last = cache
+        entry, layer = last.entry if type(last) is Revocable else last, self.head.layers[0]
+        waiting: Any = _waiting(entry)
+        if not waiting:
+            return
+        hidden, tokens = (mx.concatenate(list(own), axis=1) for own in zip(*waiting, strict=True))
+        waiting.clear()
         if tokens.shape[1] <= MOST_TOKENS and hasattr(layer, "store"):
             layer.store(self._mix(hidden, tokens), pairs)
         else:  # of what its layer makes of them nothing is computed
@@ -117,6 +128,7 @@ class Predicting(nn.Module):
             rooms: tokens that sequence i may have behind its token; of what is beyond no more is
                 stored, so that no block is taken that nobody promised.
         """
+        self.settle(cache)
         pairs, last = cache[-ENTRIES:]
         layer, hidden, lengths, found = self.head.layers[0], last[0], list(pairs.lengths), []
         stored = [min(count, room) for room in rooms]
@@ -127,6 +139,13 @@ class Predicting(nn.Module):
         pairs.finalize()
         pairs.keep(lengths)
         return mx.stack(found, axis=1)
+
+
+def _waiting(entry: Any) -> list[tuple[mx.array, mx.array]]:
+    """Hidden states and tokens of pairs that are not stored yet, held by a cache's last entry."""
+    if not hasattr(entry, "waiting"):
+        entry.waiting = []
+    return entry.waiting
 
 
 def _behind(hidden: mx.array, counts: mx.array) -> list[mx.array]:
