@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from mlx_lm import convert
 from openai import OpenAI
 
 from processes import clean_environment, free_port, get, running, wait_for, wait_until
@@ -41,8 +42,11 @@ class Stack:
 
 @contextmanager
 def other_backend(home: Path) -> Iterator[tuple[str, str]]:
-    """(URL, model name) of an mlx_lm.server with the embedded model."""
-    port, path, log = free_port(), str(demo_model.PATH), home / "other.log"
+    """(URL, model name) of an mlx_lm.server with the embedded model in float32: a hundred tokens
+    of its four bits and bfloat16 take it a minute on a busy CPU."""
+    path = str(home / "demo-float32")
+    convert(str(demo_model.PATH), path, dtype="float32", dequantize=True)
+    port, log = free_port(), home / "other.log"
     argv = ["-m", "mlx_lm.server", "--model", path, "--port", str(port)]
     with running(argv, clean_environment(home), log):
         wait_for(f"http://127.0.0.1:{port}/v1/models", log)

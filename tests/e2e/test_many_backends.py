@@ -106,11 +106,7 @@ def test_sessions_stay_where_their_cache_is_and_move_once_when_a_backend_is_kill
             for done in turn():
                 done.result()
         for session, home in zip(sessions, homes, strict=True):
-            if home == victim:
-                assert session.homes[-1] != victim
-                assert session.moves(TURNS - 1) <= 2  # the first may have been full of others
-        moved = sum(s.moves(TURNS - 1) for s in sessions) - homes.count(victim)
-        assert moved <= 0.05 * SESSIONS * TURNS
+            assert session.moves(TURNS - 1) == (home == victim), session.homes
         status = get(f"{router}/status")
         assert status
         recent = status.json()["recent"]

@@ -151,8 +151,10 @@ def test_names(model, backend, name):
 REPLICAS = {name: View(name, "up", {"m": 100_000}, "m", role="any") for name in "abc"}
 
 
-def choose(warm, seconds, **facts):
-    request = "m", Ask(dict.fromkeys(seconds, 800), warm=warm, seconds=seconds, **facts)
+def choose(warm, seconds):
+    most = max(warm.values(), default=0)
+    home = frozenset(name for name, read in warm.items() if read == most)
+    request = "m", Ask(dict.fromkeys(seconds, 800), warm=warm, home=home, seconds=seconds)
     first = decide(request, {name: REPLICAS[name] for name in seconds}).candidates[0]
     return first.backend, first.reason
 
@@ -168,12 +170,27 @@ def choose(warm, seconds, **facts):
         ({"c": 700}, {"a": 3, "b": 1, "c": 9}, ("b", "least-wait")),
         # nor for the few tokens that all conversations have in common.
         ({"c": 90}, {"a": 3, "b": 1, "c": 2}, ("b", "least-wait")),
-        # Of two that have read it, the one that is there first.
-        ({"a": 500, "c": 700}, {"a": 1, "b": 1, "c": 2}, ("a", "warm-prefix")),
+        # Of two that have read as much of it, the one that is there first,
+        ({"a": 500, "b": 500}, {"a": 2, "b": 1, "c": 1}, ("b", "warm-prefix")),
+        # else the one that has read more, while it does not wait for long there.
+        ({"a": 500, "c": 700}, {"a": 1, "b": 1, "c": 2}, ("c", "warm-prefix")),
+        ({"a": 500, "c": 700}, {"a": 1, "b": 1, "c": 9}, ("a", "warm-prefix")),
     ],
 )
 def test_a_prompt_goes_where_its_first_token_comes_first(warm, seconds, expected):
     assert choose(warm, seconds) == expected
+
+
+@pytest.mark.parametrize("state", ["down", "sick", "loading"])
+def test_a_conversation_whose_backend_went_stays_where_it_moved_to(state):
+    """Also where others are there first, and when that backend is back."""
+    seconds = {"a": 0.0, "b": 1.0, "c": 0.5}
+    facts = Ask(dict.fromkeys("abc", 800), warm={"a": 700, "b": 780}, seconds=seconds)
+    gone = {**REPLICAS, "a": replace(REPLICAS["a"], state=state)}
+    first = decide(("m", facts), gone).candidates[0]
+    assert (first.backend, first.reason) == ("b", "warm-prefix")
+    at_home = replace(facts, home=frozenset("b"))
+    assert decide(("m", at_home), REPLICAS).candidates[0].backend == "b"
 
 
 def test_a_warm_prefix_comes_before_priority():

@@ -25,14 +25,16 @@ def test_a_conversation_that_goes_on_is_warm_where_it_was_read():
     first = boundaries("m", chat("a" * 100))
     memory.remember("desk", first, 50)
     longer = boundaries("m", chat("a" * 100, "b", "c" * 100))
-    assert memory.warm(longer) == {"desk": 50}
+    assert memory.read(longer).tokens == {"desk": 50}
     memory.remember("shed", longer, 120)
-    assert memory.warm(longer) == {"desk": 50, "shed": 120}
+    assert memory.read(longer).tokens == {"desk": 50, "shed": 120}
+    assert memory.read(longer).furthest == {"shed"}
     # A part of a prompt has its part of the tokens.
     other = boundaries("m", chat("a" * 100, "x"))
-    assert memory.warm(other) == {"desk": 50, "shed": round(120 * 100 / 201)}
+    assert memory.read(other).tokens == {"desk": 50, "shed": round(120 * 100 / 201)}
+    assert memory.read(other).furthest == {"desk", "shed"}
     memory.forget("shed", longer)
-    assert memory.warm(longer) == {"desk": 50}
+    assert memory.read(longer).tokens == {"desk": 50}
 
 
 @pytest.mark.parametrize(
@@ -61,10 +63,10 @@ def test_the_memory_is_bounded_and_tells_only_what_was_read(turns):
         memory.remember(backend, prompt, 10 * len(texts))
         read[backend].append(texts)
         assert len(memory) <= 8
-        for name, tokens in memory.warm(prompt).items():
+        for name, tokens in memory.read(prompt).tokens.items():
             common = max(_common(texts, one) for one in read[name])
             assert 0 < tokens <= 10 * common + 5
-        assert memory.warm(prompt)[backend] == 10 * len(texts)
+        assert memory.read(prompt).tokens[backend] == 10 * len(texts)
 
 
 def _common(one: list[str], other: list[str]) -> int:

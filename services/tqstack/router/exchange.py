@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -70,6 +71,7 @@ class Exchange:
         self._background = is_background(chat)
         self._prompt: list[Boundary] = []
         self._read: dict[str, int] = {}  # tokens of it by backend, as far as is known
+        self._asked: Ask
         self._relay: Relay | None = None
         # Each text to embed is a prompt of its own: their sum says nothing.
         self._slack = 1.0 if "embeddings" in endpoint.needs else _SLACK
@@ -162,20 +164,21 @@ class Exchange:
             await self._look()
         offers = self._offers()
         ask, measure = self._ask(offers), offers.measure
-        threshold = threshold_for(self._services.settings.prompt_token_threshold, measure)
         record.estimate = next(iter(ask.tokens.values()))
         if measure:
-            ask = await self._counted(ask, measure, threshold)
+            ask = await self._counted(ask, measure)
             record.estimate = ask.tokens[measure.name]
         try:
-            route = decide(ask, offers, threshold)
+            route = self._route(ask, offers)
         except ApiError as error:
             if error.status != 503:
                 raise
             # Nobody is there, by the last probe; perhaps somebody is now.
             await self._look()
             offers = self._offers()
-            route = decide(self._ask(offers), offers, threshold)
+            ask = self._ask(offers)
+            route = self._route(ask, offers)
+        self._asked = ask
         self._choose(route.candidates[0])
         return route
 
@@ -196,8 +199,15 @@ class Exchange:
     async def _look(self) -> None:
         await asyncio.gather(*(backend.probe.check() for backend in self._backends.values()))
 
-    async def _counted(self, ask: Ask, measure: View, threshold: int) -> Ask:
+    def _route(self, ask: Ask, offers: Offers) -> Route:
+        return decide(ask, offers, self._threshold(offers.measure))
+
+    def _threshold(self, measure: View | None) -> int:
+        return threshold_for(self._services.settings.prompt_token_threshold, measure)
+
+    async def _counted(self, ask: Ask, measure: View) -> Ask:
         """With the tokens counted, where the estimate is too near the threshold to decide."""
+        threshold = self._threshold(measure)
         if measure.kind != "sidecar" or abs(ask.tokens[measure.name] / threshold - 1) >= NEAR:
             return ask
         tokens = await self._services.counter.count(self._chat)
@@ -213,13 +223,18 @@ class Exchange:
         if len(tokens) == 1:  # nothing to choose
             return Ask(tokens, self._slack, needs, background, busy=busy)
         self._prompt = boundaries(offers.model, self._chat)
-        self._read = self._services.prefixes.warm(self._prompt)
+        self._read, home = self._services.prefixes.read(self._prompt)
         warm = {b: backends[b].load.warm(read) for b, read in self._read.items() if b in tokens}
-        seconds = {
+        seconds = self._seconds(tokens, warm)
+        return Ask(tokens, self._slack, needs, background, warm, home, seconds, busy)
+
+    def _seconds(self, tokens: Mapping[str, int], warm: Mapping[str, int]) -> dict[str, float]:
+        """Until the first token would come, by backend."""
+        backends = self._backends
+        return {
             backend: backends[backend].load.seconds(max(0, count - warm.get(backend, 0)))
             for backend, count in tokens.items()
         }
-        return Ask(tokens, self._slack, needs, background, warm, seconds, busy)
 
     def _choose(self, candidate: Candidate) -> None:
         self._record.chosen, self._record.estimate = candidate, candidate.tokens
@@ -274,6 +289,7 @@ class Exchange:
             untried.clear()
             if following and failure.elsewhere and not client.answered:
                 record.failures.append(f"{backend.name} {failure.kind}")
+                self._order_anew(following)
                 await client.note(f"{backend.name} failed; asking {following[0].backend}")
                 untried += following
                 return
@@ -288,6 +304,16 @@ class Exchange:
             backend.load.end(reading)
             if reading.seconds is not None:
                 self._learn(candidate, backend, reading, reading.seconds)
+
+    def _order_anew(self, left: list[Candidate]) -> None:
+        """By what waits at each now: others whose backend failed them, too, have come there."""
+        names = {candidate.backend for candidate in left}
+        warm = {name: tokens for name, tokens in self._asked.warm.items() if name in names}
+        seconds = self._seconds(self._asked.tokens, warm)
+        with contextlib.suppress(ApiError):  # nobody is up any more: they are tried as they are
+            route = self._route(replace(self._asked, warm=warm, seconds=seconds), self._offers())
+            order = [candidate.backend for candidate in route.candidates]
+            left.sort(key=lambda c: order.index(c.backend) if c.backend in order else len(order))
 
     def _learn(
         self, candidate: Candidate, backend: Backend, reading: Reading, seconds: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -30,6 +31,7 @@ class Ask:
         needs: features it uses.
         background: a prompt that a client sends by itself (titles, tags, follow-ups).
         warm: of the tokens, those at its front that a backend has read before.
+        home: backends that have read most of the prompt.
         seconds: until the first token would come, by backend.
         busy: backends that have requests running; of interest to background prompts only.
     """
@@ -39,6 +41,7 @@ class Ask:
     needs: frozenset[str] = frozenset()
     background: bool = False
     warm: Mapping[str, int] = field(default_factory=dict)
+    home: frozenset[str] = frozenset()
     seconds: Mapping[str, float] = field(default_factory=dict)
     busy: frozenset[str] = frozenset()
 
@@ -143,7 +146,7 @@ def _preference(ask: Ask, offers: Offers, threshold: int) -> tuple[list[Offer], 
             unfit, reason = "short", "warm-prefix"
     tiers, equals = offers.ranking(unfit)
     order = [offer for tier in tiers for offer in _by_seconds(tier, ask)]
-    if equals > 1 and ask.warm and (warm := _warmest(order[:equals], ask)):
+    if equals > 1 and ask.warm and (warm := _home(order[:equals], ask)):
         order.remove(warm)
         return [warm, *order], "warm-prefix"
     if reason == "priority" and order[0].view.priority == order[1].view.priority:
@@ -168,17 +171,23 @@ def _was_long(ask: Ask, offers: Offers, threshold: int) -> bool:
     return any(ask.warm.get(backend, 0) >= threshold / 2 for backend in long)
 
 
-def _warmest(equals: list[Offer], ask: Ask) -> Offer | None:
-    """The one of these that has read the front of the prompt and is there first, if that pays."""
-    warm, seconds = ask.warm, ask.seconds
-    warm = [o for o in equals if warm.get(o.backend, 0) * _WARM_PART >= ask.tokens[o.backend]]
+def _home(equals: list[Offer], ask: Ask) -> Offer | None:
+    """The one of these with which the conversation stays, if it does not wait too long there."""
+
+    def seconds(offer: Offer) -> float:
+        return ask.seconds.get(offer.backend, 0.0)
+
+    def key(offer: Offer) -> tuple:
+        # Its home is where it went on when another backend was down, also once that is back.
+        return offer.view.state != "up", offer.backend not in ask.home, seconds(offer)
+
+    read, tokens = ask.warm, ask.tokens
+    warm = [o for o in equals if read.get(o.backend, 0) * _WARM_PART >= tokens[o.backend]]
     if not warm:
         return None
-    if not seconds:
-        return warm[0]
-    best = min(warm, key=lambda offer: seconds[offer.backend])
-    least = min(seconds[offer.backend] for offer in equals)
-    return best if seconds[best.backend] <= _PATIENCE * least + _PATIENT_SECONDS else None
+    well = [seconds(offer) for offer in equals if offer.view.state == "up"]
+    longest = _PATIENCE * min(well, default=math.inf) + _PATIENT_SECONDS
+    return min((o for o in warm if seconds(o) <= longest), key=key, default=None)
 
 
 def _able(order: list[Offer], ask: Ask, offers: Offers) -> list[Offer]:

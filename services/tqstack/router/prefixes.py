@@ -28,6 +28,18 @@ class Boundary(NamedTuple):
     size: int
 
 
+class Read(NamedTuple):
+    """Who has read the front of a prompt.
+
+    Attributes:
+        tokens: by backend.
+        furthest: those that have read most of it.
+    """
+
+    tokens: dict[str, int]
+    furthest: frozenset[str]
+
+
 def boundaries(model: str, request: dict[str, Any]) -> list[Boundary]:
     """Those of a chat's prompt, the first one first; none of another request."""
     messages = request.get("messages")
@@ -66,15 +78,17 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self._read)
 
-    def warm(self, prompt: Sequence[Boundary]) -> dict[str, int]:
-        """Tokens at the front of a prompt that each backend has read, of those that have."""
+    def read(self, prompt: Sequence[Boundary]) -> Read:
+        """What is remembered of a prompt."""
         found: dict[str, int] = {}
+        furthest = frozenset()
         for boundary in reversed(prompt):
             read = self._read.get(boundary.key)
             if read:
                 self._read.move_to_end(boundary.key)
+                furthest = furthest or frozenset(read)
                 found = {**read, **found}
-        return found
+        return Read(found, furthest)
 
     def remember(self, backend: str, prompt: Sequence[Boundary], tokens: int) -> None:
         """The backend has read this prompt, of so many tokens."""
