@@ -52,7 +52,8 @@ class Row:
     """One model. Bytes, bits, nats per token, tokens per second.
 
     KL divergence is from the reference to this model over the whole vocabulary: the mean over the
-    tokens, and its standard error as if they were independent. None: there is no reference.
+    tokens, and its standard error as if they were independent. None: there is no reference, or
+    speed was not measured.
     """
 
     model: str
@@ -63,8 +64,8 @@ class Row:
     kl_divergence: float | None
     kl_error: float | None
     top1: float | None
-    prefill_tps: float
-    decode_tps: float
+    prefill_tps: float | None = None
+    decode_tps: float | None = None
 
 
 class Reference:
@@ -159,13 +160,17 @@ def windows(text: np.ndarray, tokens: int) -> list[np.ndarray]:
 
 
 def measure(
-    candidates: Sequence[Candidate], text: Sequence[np.ndarray], against: bool
+    candidates: Sequence[Candidate],
+    text: Sequence[np.ndarray],
+    against: bool,
+    timed: bool = True,
 ) -> Iterator[Row | None]:
     """Yields None after each window, and each model's row.
 
     Args:
         text: what to read, from `windows`.
         against: the first candidate is the reference.
+        timed: measure their speed, too.
 
     Raises:
         ValueError, OSError: a model does not load, or has another vocabulary.
@@ -190,7 +195,7 @@ def measure(
             bits_per_weight=round(size.bits_per_weight, 4),
             weight_bytes=nbytes,
             **score.figures(),
-            **_speed(model, text[0][:-1]),
+            **(_speed(model, text[0][:-1]) if timed else {}),
         )
         del model
         gc.collect()

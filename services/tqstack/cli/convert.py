@@ -117,7 +117,7 @@ def _divergence(source: str, converted: Path, text: Path | None) -> str:
     candidates = [Candidate(source, source), Candidate(converted.name, str(converted))]
     tokens = min(MEASURED, len(read) - 1)
     with errors.status("measuring the divergence"):
-        rows = [row for row in measure(candidates, windows(read, tokens), True) if row]
+        rows = [row for row in measure(candidates, windows(read, tokens), True, False) if row]
     kl, top1 = rows[-1].kl_divergence, rows[-1].top1
     return f"{kl:.4f} nats on {tokens:,} tokens; the same first choice of {top1:.1%}"
 
