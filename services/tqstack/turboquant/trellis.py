@@ -24,7 +24,6 @@ from . import scaling
 from .kernel_layout import KernelLayout
 from .packing import pack, packed_shape
 from .rotation import make_rotation
-from .viterbi import tail_biting_path
 
 WINDOWS = (8,)
 BITS = (1, 2, 3, 4)
@@ -95,6 +94,8 @@ class TrellisCodec:
         y: (vectors, d) of norm sqrt(d). Returns codes (vectors, d) of any integer type, and how
         far the vectors that they stand for reach along y (vectors,), negative for mirrored ones.
         """
+        from .viterbi import tail_biting_path  # numba takes a third of a second to import
+
         values = np.array(y)
         codes, reach = np.empty(values.shape, np.uint8), np.ones(len(values), np.float32)
         for start in range(0, len(values), _BATCH):
