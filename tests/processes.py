@@ -41,7 +41,7 @@ def tqstack(home: Path, *arguments: str, text: str = "", **settings: str):
         input=text,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
 
 
@@ -82,7 +82,7 @@ def wait_until(condition, what: str, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-def wait_for(url: str, log: Path, seconds: float = 90, key: str = "") -> None:
+def wait_for(url: str, log: Path, seconds: float = 240, key: str = "") -> None:
     """Until `url` answers with success; the log's end tells why it does not."""
 
     def answers() -> bool:

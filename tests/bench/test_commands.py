@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 
+from commands import called
 from processes import clean_environment, free_port, running, tqstack, wait_for, wait_until
 from tqstack import demo_model
 
@@ -57,9 +58,9 @@ def test_serving_measures_both_servers(tmp_path, other):
 
 def test_serving_tells_what_a_long_prompt_does(tmp_path):
     sizes = ("--prompt-tokens", "40", "--generation-tokens", "5", "--rounds", "1")
-    (row,) = run(tmp_path, "serving", "--long-prompt", "3000", *sizes)["rows"]
+    (row,) = run(tmp_path, "serving", "--long-prompt", "1500", *sizes)["rows"]
     assert row["errors"] == 0, row["error"]
-    assert 2900 <= row["long_prompt_tokens"] <= 3010
+    assert 1450 <= row["long_prompt_tokens"] <= 1510
     assert row["before_tps"] > 0 and row["ratio"] == row["during_tps"] / row["before_tps"]
     assert row["short_first_token_s"] > 0 and row["long_first_token_s"] > 0
 
@@ -99,9 +100,8 @@ def test_a_client_that_leaves_and_comes_again_gets_its_answer(tmp_path):
 )
 def test_what_cannot_be_measured_is_said(tmp_path, arguments, message):
     port = str(free_port())
-    result = tqstack(tmp_path, "bench", *(part.format(port=port) for part in arguments))
-    assert result.returncode in (1, 2)
-    assert message in result.stderr and "Traceback" not in result.stderr
+    result = called(tmp_path, "bench", *(part.format(port=port) for part in arguments))
+    assert result.exit_code in (1, 2) and message in result.stderr
 
 
 def test_a_command_that_is_ended_takes_its_sidecar_with_it(tmp_path):

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 
+from commands import called
 from processes import tqstack
 
 
@@ -50,8 +51,8 @@ def test_speed_measures_layers_as_mlx_lm_makes_them_and_counts_operations(tmp_pa
     rows = {row["backend"]: row for row in json.loads(output.read_text())["rows"]}
     assert rows["mlx_lm"]["kv_bytes"] == rows["baseline"]["kv_bytes"]
     assert all(row["decode_operations"] > 100 for row in rows.values())
-    result = tqstack(tmp_path, "bench", "speed", "demo", "--backend", "fastest")
-    assert result.returncode == 2 and "allowed: all, or by commas baseline" in result.stderr
+    result = called(tmp_path, "bench", "speed", "demo", "--backend", "fastest")
+    assert result.exit_code == 2 and "allowed: all, or by commas baseline" in result.stderr
 
 
 def test_start_tells_which_part_is_mlx_own_and_which_ours(tmp_path):
@@ -64,11 +65,11 @@ def test_start_tells_which_part_is_mlx_own_and_which_ours(tmp_path):
     assert 0 <= written["own_seconds"] <= sum(row["seconds"] for row in written["rows"][5:])
 
 
-def quality(folder, *arguments):
+def quality(folder, *arguments, run=tqstack):
     tokens, output = folder / "tokens.npy", folder / "quality.json"
     np.save(tokens, np.random.default_rng(0).integers(0, 8192, 800))
     files = ("--tokens", str(tokens), "--output", str(output))
-    result = tqstack(folder, "bench", "quality", "demo", "--windows", "1", *files, *arguments)
+    result = run(folder, "bench", "quality", "demo", "--windows", "1", *files, *arguments)
     return result, json.loads(output.read_text()) if output.exists() else None
 
 
@@ -97,14 +98,14 @@ def test_only_queries_behind_the_exact_tail_can_differ(tmp_path):
     result, report = quality(tmp_path, *window, "--from", "100")
     assert result.returncode == 0, result.stderr
     assert report["rows"][1]["kl_divergence"] < 1e-6  # the newest 256 tokens are all there are
-    result, _ = quality(tmp_path, *window)
-    assert result.returncode == 2 and "--from 256" in result.stderr and "0 to 255" in result.stderr
+    result, _ = quality(tmp_path, *window, run=called)
+    assert result.exit_code == 2 and "--from 256" in result.stderr and "0 to 255" in result.stderr
 
 
 def test_a_codec_that_does_not_exist_is_refused_by_name(tmp_path):
     for name in ("tq4@x", "lloyd4"):
-        result, _ = quality(tmp_path, "--codecs", name)
-        assert result.returncode == 2 and name in result.stderr
+        result, _ = quality(tmp_path, "--codecs", name, run=called)
+        assert result.exit_code == 2 and name in result.stderr
 
 
 def test_distortion_stands_beside_the_papers_and_the_limit(tmp_path):
@@ -119,7 +120,7 @@ def test_distortion_stands_beside_the_papers_and_the_limit(tmp_path):
 
 def test_speed_takes_codes_of_weights_by_name_and_refuses_others(tmp_path):
     for weights, why in (("trellis-5", "trellis or lloyd with -2, -3 or -4"), ("int4", "affine-2")):
-        result = tqstack(tmp_path, "bench", "speed", "--shape", "qwen3-8b", "--weights", weights)
-        assert result.returncode == 2 and why in result.stderr
-    result = tqstack(tmp_path, "bench", "speed", "demo", "--weights", "trellis-3")
-    assert result.returncode == 2 and "a named model has its own" in result.stderr
+        result = called(tmp_path, "bench", "speed", "--shape", "qwen3-8b", "--weights", weights)
+        assert result.exit_code == 2 and why in result.stderr
+    result = called(tmp_path, "bench", "speed", "demo", "--weights", "trellis-3")
+    assert result.exit_code == 2 and "a named model has its own" in result.stderr

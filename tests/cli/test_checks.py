@@ -8,7 +8,8 @@ import socket
 
 import pytest
 
-from processes import free_port, tqstack
+from commands import called
+from processes import free_port
 from tqstack import demo_model
 from tqstack.cli import checks
 from tqstack.settings import Settings
@@ -55,14 +56,14 @@ def test_model_files_are_checked_without_loading_them(tmp_path):
 
 def test_a_wrong_setting_is_found_with_its_line(config, tmp_path):
     config.write_text("# mine\n\nROUTER_PORT=80000\nTQ_KV_BITZ=4\n")
-    result = tqstack(tmp_path, "doctor", "--json", TQSTACK_CONFIG=str(config))
+    result = called(tmp_path, "doctor", "--json", TQSTACK_CONFIG=str(config))
     found = json.loads(result.stdout)[-1]
-    assert result.returncode == 1 and found["state"] == "wrong"
+    assert result.exit_code == 1 and found["state"] == "wrong"
     assert f"{config}:3: ROUTER_PORT='80000'" in found["detail"]
     assert f"{config}:4: TQ_KV_BITZ is not a setting" in found["detail"]
 
 
 def test_a_wrong_setting_of_the_environment_blames_no_line(config, tmp_path):
     config.write_text("TQ_KV_BITS=4\n")
-    result = tqstack(tmp_path, "doctor", "--json", TQSTACK_CONFIG=str(config), TQ_KV_BITS="nine")
+    result = called(tmp_path, "doctor", "--json", TQSTACK_CONFIG=str(config), TQ_KV_BITS="nine")
     assert json.loads(result.stdout)[-1]["detail"].startswith("TQ_KV_BITS='nine'")

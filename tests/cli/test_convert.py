@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
+from commands import called
 from processes import clean_environment, free_port, running, tqstack, wait_for
 from tqstack import demo_model
 
@@ -19,7 +20,9 @@ QUESTION = "The secret code of alpha is 12345. What is the secret code of alpha?
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("home")
-    result = tqstack(home, "convert", "demo", str(home / "small"), "--bits", "4")
+    np.save(home / "text.npy", np.asarray(demo_model.held_out_tokens())[:1030])
+    arguments = ("demo", str(home / "small"), "--bits", "4", "--text", str(home / "text.npy"))
+    result = tqstack(home, "convert", *arguments)
     assert result.returncode == 0, result.stderr
     assert "4.0" in result.stdout and "nats" in result.stdout
     return home / "small"
@@ -49,7 +52,7 @@ def test_the_sidecar_serves_a_converted_model_like_any_other(converted, tmp_path
 def test_generate_and_evaluate_take_a_converted_model(converted, tmp_path):
     result = tqstack(tmp_path, "generate", str(converted), QUESTION, "--max-tokens", "10")
     assert result.stdout.splitlines()[0] == "12345"
-    arguments = ("evaluate", str(converted), "--against", "demo", "--tokens", "512", "--json")
+    arguments = ("evaluate", str(converted), "--against", "demo", "--tokens", "96", "--json")
     rows = json.loads(tqstack(tmp_path, *arguments).stdout)["rows"]
     assert rows[1]["bits_per_weight"] == pytest.approx(4.036, abs=0.002)
 
@@ -64,15 +67,14 @@ def test_a_cut_file_or_an_unknown_format_is_said_in_a_sentence(converted, tmp_pa
     config["quantization"]["version"] = 99
     (newer / "config.json").write_text(json.dumps(config))
     for folder, said in ((cut, "is not whole"), (newer, "update tqstack")):
-        result = tqstack(tmp_path, "generate", str(folder), "hi", "--max-tokens", "1")
-        assert result.returncode == 2 and said in " ".join(result.stderr.split())
-        assert "Traceback" not in result.stderr
+        result = called(tmp_path, "generate", str(folder), "hi", "--max-tokens", "1")
+        assert result.exit_code == 2 and said in " ".join(result.stderr.split())
 
 
 def test_a_calibration_text_brings_a_model_nearer_to_its_source(tmp_path):
     ids = np.asarray(demo_model.held_out_tokens())
     np.save(tmp_path / "text.npy", ids[-8192:])
-    np.save(tmp_path / "other.npy", ids[:2100])
+    np.save(tmp_path / "other.npy", ids[:1030])
     found = []
     for options in ([], ["--calibrate", str(tmp_path / "text.npy")]):
         folder = tmp_path / f"out{len(options)}"
@@ -95,6 +97,6 @@ def test_a_calibration_text_brings_a_model_nearer_to_its_source(tmp_path):
 )
 def test_what_cannot_be_converted_is_said_in_a_sentence(tmp_path, arguments, said):
     arguments = [str(tmp_path / "out") if word == "out" else word for word in arguments]
-    result = tqstack(tmp_path, "convert", *arguments)
-    assert result.returncode == 2 and said in " ".join(result.stderr.split())
-    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+    result = called(tmp_path, "convert", *arguments)
+    assert result.exit_code == 2 and said in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()

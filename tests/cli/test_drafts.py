@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from commands import called
 from processes import tqstack
 from tqstack import demo_model
 from tqstack.models.load import load_model
@@ -15,11 +16,18 @@ from tqstack.models.spec import read_spec
 CODE = "def first(values):\n    return values[0]\n\n\ndef first(values):\n"
 
 
+GENERATE = ("generate", "demo", CODE, "--raw", "--max-tokens", "24")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The same without drafts."""
+    return tqstack(tmp_path_factory.mktemp("home"), *GENERATE)
+
+
 @pytest.mark.parametrize("mode", ["auto", "mtp", "lookup"])
-def test_generate_drafts_and_says_what_was_accepted(tmp_path, mode):
-    given = ("generate", "demo", CODE, "--raw", "--max-tokens", "24")
-    plain = tqstack(tmp_path, *given)
-    drafted = tqstack(tmp_path, *given, "--speculation", mode)
+def test_generate_drafts_and_says_what_was_accepted(tmp_path, plain, mode):
+    drafted = tqstack(tmp_path, *GENERATE, "--speculation", mode)
     assert drafted.returncode == 0, drafted.stderr
     answer, _, told = drafted.stdout.rstrip().rpartition("\n")
     assert "drafts accepted" in told or "drafts accepted" in drafted.stdout.replace("\n", " ")
@@ -29,8 +37,8 @@ def test_generate_drafts_and_says_what_was_accepted(tmp_path, mode):
 
 def test_a_cache_that_cannot_take_drafts_back_is_refused(tmp_path):
     given = ("--speculation", "auto", "--backend", "baseline")
-    result = tqstack(tmp_path, "generate", "demo", "hi", *given)
-    assert result.returncode == 2 and "cannot take drafts back" in result.stderr
+    result = called(tmp_path, "generate", "demo", "hi", *given)
+    assert result.exit_code == 2 and "cannot take drafts back" in result.stderr
 
 
 def test_bench_speed_compares_each_drafter_with_none(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from mlx_lm.convert import convert
 
+from commands import called
 from processes import tqstack
 from tqstack import demo_model
 from tqstack.bench.evaluate import check_affine, windows
@@ -29,8 +31,8 @@ def home(tmp_path_factory):
     return home
 
 
-def evaluate(home, *arguments: str, **settings: str):
-    return tqstack(home, "evaluate", *arguments, "--tokens", "96", **settings)
+def evaluate(home, *arguments: str, run=tqstack):
+    return run(home, "evaluate", *arguments, "--tokens", "96")
 
 
 def test_a_model_and_codes_of_it_are_compared_with_the_reference(home):
@@ -67,11 +69,10 @@ def test_without_a_reference_the_table_has_perplexity_size_and_speed(home):
     assert "KL" not in result.stdout and "decode tok/s" in result.stdout
 
 
-def test_what_cannot_be_compared_is_refused_with_what_to_do(home, tmp_path):
-    wrong, hidden = tmp_path / "wrong.npy", tmp_path / "hidden"
+def test_what_cannot_be_compared_is_refused_with_what_to_do(home, tmp_path, monkeypatch):
+    wrong = tmp_path / "wrong.npy"
     np.save(wrong, np.array([1, 8192]))
-    hidden.mkdir()
-    (hidden / "matplotlib.py").write_text("raise ImportError")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # it is not installed
     cases = [
         (("demo", "/no/such/folder"), "is no folder and no hub name"),
         (("demo", "--affine", "4"), "--against MODEL"),
@@ -79,8 +80,8 @@ def test_what_cannot_be_compared_is_refused_with_what_to_do(home, tmp_path):
         (("demo", "--against", "demo", "--plot", "a.png"), "pip install 'tqstack[plot]'"),
     ]
     for arguments, sentence in cases:
-        result = evaluate(home, *arguments, PYTHONPATH=str(hidden))
-        assert result.returncode == 2 and sentence in result.stderr, result.stderr
+        result = evaluate(home, *arguments, run=called)
+        assert result.exit_code == 2 and sentence in result.stderr, result.stderr
     with pytest.raises(ValueError, match="--affine 7: mlx has affine codes of 2, 3, 4"):
         check_affine("demo", [4, 7])
     (tmp_path / "config.json").write_text('{"quantization": {"mode": "tqstack"}}')
@@ -96,10 +97,10 @@ def test_another_tokenizer_needs_a_text_and_is_never_compared(home, tmp_path):
     first, second = list(words)[-2:]
     words[first], words[second] = words[second], words[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    result = evaluate(home, str(other))
-    assert result.returncode == 2 and "--text FILE" in result.stderr
-    result = evaluate(home, str(other), "--against", "demo")
-    assert result.returncode == 2 and "different tokenizers" in result.stderr
+    result = evaluate(home, str(other), run=called)
+    assert result.exit_code == 2 and "--text FILE" in result.stderr
+    result = evaluate(home, str(other), "--against", "demo", run=called)
+    assert result.exit_code == 2 and "different tokenizers" in result.stderr
 
 
 def test_windows_are_spread_over_the_text_and_predict_as_many_tokens_as_asked():

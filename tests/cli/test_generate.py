@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from commands import called
 from processes import tqstack
 
 QUESTION = "The secret code of alpha is 12345. What is the secret code of alpha?"
@@ -34,9 +35,8 @@ def test_compare_shows_both_and_where_they_differ(tmp_path):
     ],
 )
 def test_bad_arguments_are_told_in_a_line_and_not_in_a_traceback(tmp_path, arguments, said):
-    result = tqstack(tmp_path, *arguments)
-    assert result.returncode == 2
-    assert said in " ".join(result.stderr.split()) and "Traceback" not in result.stderr
+    result = called(tmp_path, *arguments)
+    assert result.exit_code == 2 and said in " ".join(result.stderr.split())
 
 
 def test_an_answer_is_as_long_as_it_must_be(tmp_path):

@@ -17,12 +17,15 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stack(home) -> Iterator[Stack]:
+def other(home) -> Iterator[tuple[str, str]]:
+    with other_backend(home) as other:
+        yield other
+
+
+@pytest.fixture(scope="session")
+def stack(home, other) -> Iterator[Stack]:
     """Prompts of 500 tokens are long here, so that tests of the routing stay quick."""
-    with (
-        other_backend(home) as other,
-        whole_stack(home, other, PROMPT_TOKEN_THRESHOLD="500") as stack,
-    ):
+    with whole_stack(home, other, PROMPT_TOKEN_THRESHOLD="500") as stack:
         yield stack
 
 

@@ -10,17 +10,22 @@ import openai
 import pytest
 
 from processes import clean_environment, free_port, running, wait_until
-from whole_stack import backend_is_up, other_backend, whole_stack
+from whole_stack import backend_is_up, whole_stack
+
+
+@pytest.fixture(scope="module")
+def hurt(tmp_path_factory, other):
+    home = tmp_path_factory.mktemp("hurt")
+    with whole_stack(home, other, PROMPT_TOKEN_THRESHOLD="120") as stack:
+        yield stack
 
 
 @pytest.fixture
-def mortal(tmp_path):
-    """A stack of one test's own, which may be hurt, with both backends."""
-    with (
-        other_backend(tmp_path) as other,
-        whole_stack(tmp_path, other, PROMPT_TOKEN_THRESHOLD="120") as stack,
-    ):
-        yield stack
+def mortal(hurt):
+    """A stack of these tests' own, which may be hurt, with both backends: both are up again."""
+    for name in ("sidecar", "ollama"):
+        wait_until(lambda name=name: backend_is_up(hurt, name), f"{name} is up")
+    return hurt
 
 
 def test_a_killed_sidecar_is_replaced_at_once_and_comes_back(mortal, needle_of):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,14 +16,21 @@ from tqstack.engine.disk import DiskStore, File
 from tqstack.engine.worker import Worker
 
 
-@pytest.fixture
-def filled(tiny, noise, tmp_path):
+@pytest.fixture(scope="module")
+def written(tiny, noise, tmp_path_factory):
     """A folder with the prefixes of one sequence, and the runtime that made them."""
-    runtime = tiny()
-    worker = Worker(runtime, disk=DiskStore(tmp_path, 1 << 30, runtime.fingerprint))
+    runtime, folder = tiny(), tmp_path_factory.mktemp("written")
+    worker = Worker(runtime, disk=DiskStore(folder, 1 << 30, runtime.fingerprint))
     finished(worker, submit(worker, noise[:2500], boundaries=(600, 2400)))
     worker.close()
-    return runtime, tmp_path
+    return runtime, folder
+
+
+@pytest.fixture
+def filled(written, tmp_path):
+    """The same, to be damaged."""
+    runtime, folder = written
+    return runtime, Path(shutil.copytree(folder, tmp_path / "disk"))
 
 
 def opened(filled):

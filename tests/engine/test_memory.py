@@ -24,7 +24,7 @@ from tqstack.engine.worker import Worker
 from tqstack.models.drafts import NONE
 
 LIVE = settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 EVERYTHING = Sampling(
     top_p=0.9,
@@ -53,7 +53,7 @@ def test_memory_stays_within_the_budget_after_every_step(
 
 @pytest.mark.parametrize("chunk", [SMALLEST_CHUNK, None])
 def test_memory_stays_within_the_budget_on_the_demo_model(runtime, text, chunk):
-    drive(runtime, text, 1, 1500, 2, chunk, forms=True)
+    drive(runtime, text, 1, 1500, 2, chunk, forms=True, rounds=7)
 
 
 def test_memory_stays_within_the_budget_with_a_large_vocabulary(tiny, noise):
@@ -68,7 +68,7 @@ def test_memory_stays_within_the_budget_while_prefixes_are_written(tiny, noise, 
     assert disk.written
 
 
-def drive(runtime, text, seed, tokens, sequences, chunk=None, forms=False, disk=None):
+def drive(runtime, text, seed, tokens, sequences, chunk=None, forms=False, disk=None, rounds=14):
     """Prompts of any length come and go; books, bytes and answers are checked all the while."""
     rng = random.Random(seed)
     worker = Worker(limited(runtime, tokens, sequences, chunk=chunk), gap=0.2, disk=disk)
@@ -76,7 +76,7 @@ def drive(runtime, text, seed, tokens, sequences, chunk=None, forms=False, disk=
     others = mx.get_active_memory() - runtime.plan.weights
     mx.reset_peak_memory()
     jobs, gone = [], set()
-    for _ in range(14):
+    for _ in range(rounds):
         for _ in range(rng.randint(0, 3)):
             jobs += submitted(worker, rng, text, tokens, forms)
         if jobs and rng.random() < 0.3:
@@ -126,22 +126,21 @@ def submitted(worker, rng, text, tokens, forms):
     return jobs
 
 
-@pytest.mark.parametrize("tokens", [1, 32, 64, 128, 256])
 @pytest.mark.parametrize("name", ["demo", "qwen3-next", "llama", "gemma4"])
-def test_a_chunk_behind_a_long_prompt_takes_no_more_than_planned(
-    runtime, tiny, text, noise, name, tokens
-):
+def test_a_chunk_behind_a_long_prompt_takes_no_more_than_planned(runtime, tiny, text, noise, name):
     one, ids = (runtime, text) if name == "demo" else (tiny(name), noise)
     cache = one.new_cache()
     for start in range(0, 3000, 250):
         one.model(mx.array([ids[start : start + 250]]), cache=cache)
         caches.settle(cache)
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    one.model(mx.array([ids[3000 : 3000 + tokens]]), cache=cache)
-    caches.settle(cache)
-    assert mx.get_peak_memory() - max(before, mx.get_active_memory()) <= one.workspace(tokens)
+    for tokens in (1, 32, 64, 128, 256):
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        one.model(mx.array([ids[3000 : 3000 + tokens]]), cache=cache)
+        caches.settle(cache)
+        used = mx.get_peak_memory() - max(before, mx.get_active_memory())
+        assert used <= one.workspace(tokens), tokens
 
 
 @pytest.mark.parametrize("count", [1, 4, 8])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import fields, replace
 
 import mlx.core as mx
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import QuantizedKVCache
 
-from processes import clean_environment
+from commands import called
 from tqstack import demo_model
 from tqstack.attention.hybrid import make_turboquant_cache
 from tqstack.bench import shapes
@@ -36,6 +34,11 @@ SPEC = read_spec("demo")
 
 def settings(**changes) -> Settings:
     return Settings(sidecar_model="demo", **changes)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_runtime(settings())
 
 
 @pytest.mark.parametrize(
@@ -83,13 +86,13 @@ def test_what_mlx_lms_quantized_cache_cannot_do_is_refused_with_a_sentence(chang
             make(settings(tq_cache_version="native", **changes))
 
 
-def test_mlx_lms_quantized_cache_serves_one_request_at_a_time_and_says_so():
+def test_mlx_lms_quantized_cache_serves_one_request_at_a_time_and_says_so(demo):
     runtime = load_runtime(settings(tq_cache_version="native", tq_boundary_layers=0))
     kinds = [type(entry) for entry in runtime.new_cache()]
     assert [i for i, kind in enumerate(kinds) if kind is QuantizedKVCache] == [3, 7]
     assert runtime.batch_size == 1 and runtime.codec == "mlx4-g64"
     assert "one request at a time" in runtime.describe()["note"]
-    assert "note" not in load_runtime(settings()).describe()
+    assert "note" not in demo.describe()
 
 
 def unknown(config):
@@ -115,14 +118,13 @@ def test_a_model_without_a_formula_is_told_by_what_is_known_and_measured_when_lo
     assert runtime.workspace(step // 2) * 2 == pytest.approx(runtime.plan.workspace, abs=2)
 
 
-def test_a_prefill_of_the_demo_takes_no_more_than_planned_and_not_much_less():
-    runtime = load_runtime(settings())
-    plan, step, context = runtime.plan, runtime.prefill_step, 2048
-    cache = runtime.new_cache()
+def test_a_prefill_of_the_demo_takes_no_more_than_planned_and_not_much_less(demo):
+    plan, step, context = demo.plan, demo.prefill_step, 2048
+    cache = demo.new_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     for start in range(0, context, step):
-        runtime.model(mx.array([[5 + i % 1000 for i in range(start, start + step)]]), cache=cache)
+        demo.model(mx.array([[5 + i % 1000 for i in range(start, start + step)]]), cache=cache)
         mx.eval([entry.state for entry in cache])
     held = sum(entry.nbytes for entry in cache)
     assert held + plan.drafts == pytest.approx(plan.request_bytes(context), rel=TOLERANCE)
@@ -142,15 +144,14 @@ def small_35b(tmp_path_factory):
 
 
 @pytest.mark.parametrize("tokens", [64, 256, 512])
-def test_a_smaller_prefill_step_takes_the_workspace_that_is_told(tokens):
-    runtime = load_runtime(settings())
-    cache = runtime.new_cache()
+def test_a_smaller_prefill_step_takes_the_workspace_that_is_told(demo, tokens):
+    cache = demo.new_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    runtime.model(mx.zeros((1, tokens), mx.int32), cache=cache)
+    demo.model(mx.zeros((1, tokens), mx.int32), cache=cache)
     mx.eval([entry.state for entry in cache])
     used = mx.get_peak_memory() - before - sum(entry.nbytes for entry in cache)
-    assert used < runtime.workspace(tokens) <= runtime.plan.workspace
+    assert used < demo.workspace(tokens) <= demo.plan.workspace
 
 
 def test_the_35b_geometry_is_planned_as_four_of_its_layers_measure(small_35b):
@@ -243,29 +244,18 @@ def test_advice_is_empty_exactly_if_it_fits_and_the_context_that_it_names_fits(t
             assert planned(settings(tq_kv_bits=bits)).fits(min(tokens, 32768))
 
 
-def command(home, *argv):
-    result = subprocess.run(
-        [sys.executable, "-m", "tqstack", "plan", *argv],
-        env=clean_environment(home),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return result
-
-
 def test_the_command_tells_a_mac_of_32_gb_what_it_can_hold(tmp_path):
     whole = ["--shape", "qwen3.5-35b-a3b", "--context", "262144", "--json"]
-    small = command(tmp_path, *whole, "--memory", "24")
-    assert small.returncode == 1
+    small = called(tmp_path, "plan", *whole, "--memory", "24")
+    assert small.exit_code == 1
     assert "smaller model" in json.loads(small.stdout)["advice"][0]
-    result = command(tmp_path, *whole, "--memory", "32")
+    result = called(tmp_path, "plan", *whole, "--memory", "32")
     report = json.loads(result.stdout)
-    assert result.returncode == 0 and report["fits"], report
+    assert result.exit_code == 0 and report["fits"], report
     assert report["kv"] == 262_144 * 5200
-    assert not command(tmp_path, *whole[:-1], "--memory", "32").stdout.count("does not fit")
+    assert not called(tmp_path, "plan", *whole[:-1], "--memory", "32").stdout.count("does not fit")
 
 
 def test_the_command_says_what_to_do_about_a_model_that_is_not_here(tmp_path):
-    result = command(tmp_path, "nobody/nothing", "--context", "1000")
-    assert result.returncode == 78 and "tqstack model download" in result.stderr
+    result = called(tmp_path, "plan", "nobody/nothing", "--context", "1000")
+    assert result.exit_code == 78 and "tqstack model download" in result.stderr

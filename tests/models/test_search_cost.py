@@ -27,22 +27,30 @@ def affords(runtime):
     return search_cost.affords(trellis, runtime.model, runtime.new_cache, 256)
 
 
-def test_a_search_that_takes_as_long_as_the_model_is_not_affordable(on_gpu):
-    assert not affords(load(tq_kv_code="lloyd"))
+@pytest.fixture(scope="module")
+def lloyd():
+    return load(tq_kv_code="lloyd")
+
+
+def test_a_search_that_takes_as_long_as_the_model_is_not_affordable(lloyd, on_gpu):
+    assert not affords(lloyd)
 
 
 @pytest.mark.parametrize("seconds, affordable", [(1e-6, True), (1.0, False)])
-def test_the_share_of_the_time_decides(on_gpu, monkeypatch, seconds, affordable):
+def test_the_share_of_the_time_decides(lloyd, on_gpu, monkeypatch, seconds, affordable):
     monkeypatch.setattr(search_cost, "_search", lambda *_: seconds)
-    assert affords(load(tq_kv_code="lloyd")) == affordable
+    assert affords(lloyd) == affordable
 
 
 @pytest.mark.parametrize("affordable, codec", [(True, "tcq4-l8"), (False, "tq4")])
 def test_auto_follows_what_was_measured(monkeypatch, affordable, codec):
     monkeypatch.setattr("tqstack.models.runtime.affords", lambda *_: affordable)
     assert load().codec == codec
+
+
+def test_what_the_trellis_code_does_not_have_leaves_it_out(monkeypatch):
+    monkeypatch.setattr("tqstack.models.runtime.affords", lambda *_: True)
     assert load(tq_kv_code="lloyd").codec == "tq4"
-    # Options that the trellis code does not have leave it out.
     assert load(tq_kv_group_size=64).codec == "tq4-g64"
     assert load(tq_kv_bits="5").codec == "tq5"
 

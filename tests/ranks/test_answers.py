@@ -27,7 +27,7 @@ def pair(home):
 
 @pytest.fixture(scope="module")
 def whole():
-    with demo_client(speculation="lookup") as client:  # ranks have no head of their own
+    with demo_client(sidecar_speculation="lookup") as client:  # ranks have no head of their own
         yield client
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from starlette.testclient import TestClient
 
@@ -13,8 +14,8 @@ from tqstack.sidecar.app import create_app
 
 
 @contextmanager
-def demo_client(speculation: str = "auto", **options: bool) -> Iterator[TestClient]:
-    app = create_app(Settings(sidecar_model="demo", sidecar_speculation=speculation))  # pyright: ignore
-    with TestClient(app, base_url="http://127.0.0.1", **options) as client:
+def demo_client(raise_server_exceptions: bool = True, **settings: Any) -> Iterator[TestClient]:
+    app = create_app(Settings(sidecar_model="demo", **settings))
+    with TestClient(app, "http://127.0.0.1", raise_server_exceptions) as client:
         wait_until(lambda: client.get("/health").status_code == 200, "the model is loaded")
         yield client
