@@ -55,9 +55,7 @@ def test_the_environment_wins_over_the_file(tmp_path, monkeypatch):
         ("ROUTER_HOST", "0.0.0.0", "TQSTACK_API_KEY"),
     ],
 )
-def test_an_impossible_value_names_the_variable_the_value_and_what_is_allowed(
-    monkeypatch, name, value, allowed
-):
+def test_an_impossible_value_is_named_with_what_is_allowed(monkeypatch, name, value, allowed):
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError) as error:
         load_settings()

@@ -159,7 +159,7 @@ actions = st.one_of(
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.lists(actions, min_size=3, max_size=20))
-def test_no_block_is_lost_or_freed_twice_and_every_sequence_keeps_its_tokens(seed, script):
+def test_no_block_is_lost_or_freed_twice_and_sequences_keep_tokens(seed, script):
     sequences = Sequences(seed)
     for name, *arguments in script:
         if not sequences.alone:
@@ -174,7 +174,7 @@ def test_no_block_is_lost_or_freed_twice_and_every_sequence_keeps_its_tokens(see
     pool.check_integrity()
 
 
-def test_layers_use_one_block_for_the_same_tokens_also_after_forks_one_by_one():
+def test_layers_share_a_block_of_the_same_tokens_also_after_forks():
     rng = np.random.default_rng(0)
     layers = new_cache(layers=3, exact_tokens=BLOCK, block_tokens=BLOCK)
     for cache in layers:

@@ -20,9 +20,7 @@ from tqstack.cli import common
         (b"Zen", "fma avx2", None),  # known: its own choice stays
     ],
 )
-def test_a_processor_that_openblas_does_not_know_gets_kernels_by_what_it_can_do(
-    monkeypatch, core, flags, wanted
-):
+def test_a_processor_unknown_to_openblas_gets_kernels_it_can_run(monkeypatch, core, flags, wanted):
     blas = SimpleNamespace(openblas_get_corename=lambda: core)
     monkeypatch.setattr(ctypes, "CDLL", lambda _: blas)
     monkeypatch.setattr(Path, "read_text", lambda _: f"processor\t: 0\nflags\t\t: {flags}\n")

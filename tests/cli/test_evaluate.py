@@ -103,7 +103,7 @@ def test_another_tokenizer_needs_a_text_and_is_never_compared(home, tmp_path):
     assert result.exit_code == 2 and "different tokenizers" in result.stderr
 
 
-def test_windows_are_spread_over_the_text_and_predict_as_many_tokens_as_asked():
+def test_windows_spread_over_the_text_predict_the_tokens_asked_for():
     text = np.arange(10_000)
     pieces = windows(text, 2500)
     assert [piece.size for piece in pieces] == [1025, 1025, 453]

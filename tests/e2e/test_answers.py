@@ -94,7 +94,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(stack):
     assert (cut.text, cut.finish_reason) == (whole[: whole.index(stop)], "stop")
 
 
-def test_the_next_turn_reuses_the_prompt_and_gives_the_tokens_of_a_cold_one(stack, needle_of):
+def test_the_next_turn_reuses_the_prompt_and_gives_a_cold_ones_tokens(stack, needle_of):
     needle, client = needle_of(1500, seed=3), stack.client(stack.sidecar)
     first = client.chat.completions.create(
         model="demo", messages=needle.messages, temperature=0, max_tokens=12

@@ -41,7 +41,7 @@ def test_a_killed_sidecar_is_replaced_at_once_and_comes_back(mortal, needle_of):
     assert mortal.ask(needle).headers["x-tqstack-backend"] == "sidecar"
 
 
-def test_a_sidecar_killed_in_mid_stream_ends_the_stream_with_an_error_event(mortal, needle_of):
+def test_a_sidecar_killed_in_mid_stream_ends_it_with_an_error_event(mortal, needle_of):
     # Greedy, the embedded model repeats this line until its limit.
     stream = mortal.client().completions.create(
         model="tq:demo", prompt="def main():", max_tokens=2000, temperature=0, stream=True

@@ -81,7 +81,7 @@ def fleet(home: Path) -> Iterator[tuple[str, dict[str, int]]]:
         yield router, pids
 
 
-def test_sessions_stay_where_their_cache_is_and_move_once_when_a_backend_is_killed(tmp_path):
+def test_sessions_stay_with_their_cache_and_move_once_from_the_dead(tmp_path):
     sessions = [Session(number) for number in range(SESSIONS)]
     with fleet(tmp_path) as (router, pids), ThreadPoolExecutor(SESSIONS) as pool:
         client = OpenAI(base_url=f"{router}/v1", api_key="local", max_retries=0, timeout=180)

@@ -163,7 +163,7 @@ def test_what_tokens_are_drawn_from_is_planned(tiny, eager, noise, count, drafts
     assert drafts == bool(worker.status()["speculation"]["draft_tokens"])
 
 
-def test_what_a_large_vocabularys_prompt_is_measured_by_is_planned_and_refused(tiny, noise):
+def test_measuring_a_large_vocabularys_prompt_is_planned_or_refused(tiny, noise):
     one = tiny("llama", vocabulary=200_000)
     mx.clear_cache()
     before = mx.get_active_memory()

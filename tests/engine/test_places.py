@@ -49,7 +49,7 @@ def test_the_last_messages_end_is_one_of_them(prompt):
 
 
 @given(prompts())
-def test_the_first_and_the_second_last_messages_ends_and_the_branch_are_among_them(prompt):
+def test_first_and_second_last_messages_end_and_branch_are_places(prompt):
     tokens, ends, start, known = prompt
     ends, chosen = [end for end in ends if end < tokens], places(*prompt)
     for place in (*ends[:1], *ends[-2:-1], known):

@@ -65,7 +65,7 @@ def test_a_short_prompt_overtakes_a_long_one():
     assert machine.ended == [short, long]
 
 
-def test_a_long_prompt_that_ever_new_short_ones_overtake_is_read_within_twice_its_work():
+def test_a_long_prompt_overtaken_again_and_again_is_read_in_time():
     machine = Machine()
     (long,) = machine.submit(Job(100_000))
     while long not in machine.decoding:
@@ -93,7 +93,7 @@ def test_a_job_that_does_not_fit_beside_others_waits_and_then_has_its_turn():
     assert len(machine.ended) > 3 and sum(machine.read.values()) <= 4_000 + 4 * 300
 
 
-def test_what_fits_goes_ahead_of_what_does_not_until_that_has_waited_enough():
+def test_what_fits_goes_ahead_until_what_does_not_has_waited_enough():
     machine = Machine()
     machine.submit(Job(100, answer=1_000, nbytes=30))
     machine.step()
@@ -117,7 +117,7 @@ def test_a_longer_prompt_takes_no_room_before_its_turn():
     assert longer in machine.held
 
 
-def test_equal_prompts_are_read_one_after_the_other_in_the_order_in_which_they_came():
+def test_equal_prompts_are_read_in_the_order_in_which_they_came():
     machine = Machine()
     numbers = machine.submit(*[Job(5_000)] * 4)
     machine.until(lambda: machine.idle)
@@ -166,9 +166,7 @@ def test_what_reading_takes_from_sequences_is_bounded_and_paid_back(pace, decode
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 8), st.floats(0.02, (LOAN + 1) * GAP), st.floats(0.001, 0.05))
-def test_prompts_that_come_together_are_all_read_before_the_first_has_made_more(
-    count, seconds, decode
-):
+def test_prompts_that_come_together_are_read_before_one_goes_on(count, seconds, decode):
     """As long as all but the first take no longer than reading may borrow, and each a gap."""
     tokens = 400
     pace = min(seconds / (count - 1), 0.99 * GAP) / tokens
@@ -288,7 +286,7 @@ def test_what_never_fits_is_refused_at_once_and_the_others_run():
     assert machine.ended == [1]
 
 
-def test_what_turns_out_not_to_fit_is_refused_when_nothing_runs_and_not_before():
+def test_what_does_not_fit_is_refused_when_nothing_runs_not_before():
     machine = Machine(lost=frozenset([1]))
     machine.submit(Job(10, answer=5))
     machine.step()
@@ -307,7 +305,7 @@ def test_a_prompt_that_was_kept_wholly_decodes_at_once():
     assert machine.decoding == {0: 2, 1: 2} and not any(machine.read.values())
 
 
-def test_a_prompt_that_was_kept_wholly_decodes_at_once_beside_one_that_is_read():
+def test_a_prompt_kept_wholly_decodes_at_once_beside_one_being_read():
     machine = Machine()
     stream, _ = machine.submit(Job(100, answer=1 << 40), Job(50_000))
     machine.read_until_decoding(stream)
@@ -325,7 +323,7 @@ def test_a_shorter_rest_goes_first_whatever_the_length_of_the_prompt():
     assert machine.chunks[0].job == rest
 
 
-def test_jobs_of_one_prompt_wait_for_its_reader_and_one_of_them_takes_its_place():
+def test_jobs_of_one_prompt_wait_for_its_reader_or_take_its_place():
     machine = Machine()
     machine.jobs = [Job(300), Job(300), Job(300)]
     for number in range(3):

@@ -107,7 +107,7 @@ def test_a_form_begins_where_the_reasoning_ends(runtime, text):
     assert text_of(runtime, third).isdigit()
 
 
-def test_forms_that_are_none_are_refused_and_compiled_ones_kept_within_bounds(runtime, text):
+def test_bad_forms_are_refused_and_compiled_ones_kept_within_bounds(runtime, text):
     grammars = Grammars(runtime.tokenizer, runtime.end_tokens)
     wrongs = [("json", '{"type": "thing"}'), ("json", "[]"), ("regex", "("), ("lark", "?")]
     for kind, wrong in wrongs:

@@ -57,7 +57,7 @@ def test_before_a_job_is_refused_its_chunks_are_halved(runtime, text):
     assert len(finished(worker, (job, events))[0]) == 8
 
 
-def test_a_job_that_fits_only_alone_waits_for_the_others_and_is_not_refused(runtime, text):
+def test_a_job_that_fits_only_alone_waits_and_is_not_refused(runtime, text):
     worker = Worker(limited(runtime, 1000))
     short = submit(worker, text[:300], 40)
     worker.step()

@@ -64,7 +64,7 @@ def test_an_environment_that_was_there_before_is_not_removed(machine):
     assert (machine.checkout / ".venv/bin/python").exists()
 
 
-def test_a_second_install_keeps_what_the_user_changed_and_shows_the_difference(machine):
+def test_a_second_install_keeps_the_users_changes_and_shows_them(machine):
     machine.run("install.sh", "--no-service", "--model", "demo")
     text = machine.config.read_text().replace("#TQ_KV_BITS=4", "TQ_KV_BITS=3.5 # mine")
     lines = [line for line in text.splitlines() if "ROUTER_STALL_SECONDS" not in line]
@@ -92,7 +92,7 @@ def test_a_step_that_fails_undoes_what_was_done(machine, had_config):
     assert machine.files() == before
 
 
-def test_settings_that_cannot_be_used_stop_the_install_and_stay_as_they_were(machine):
+def test_unusable_settings_stop_the_install_and_stay_as_they_were(machine):
     machine.config.parent.mkdir(parents=True)
     machine.config.write_text("# mine\nTQ_KV_BITS=nine\n")
     before = machine.files()

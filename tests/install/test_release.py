@@ -53,7 +53,7 @@ def test_the_archive_holds_what_the_formula_builds_from(release):
     assert (release / f"tqstack-{PROJECT['version']}-py3-none-any.whl").exists()
 
 
-def test_the_lock_without_its_sums_is_a_list_of_constraints_for_every_dependency():
+def test_the_lock_without_sums_constrains_every_dependency():
     formula = (ROOT / "scripts/homebrew/tqstack.rb").read_text()
     found = re.search(r"gsub\(/(.+)/, \"\"\)", formula)
     assert found

@@ -106,7 +106,7 @@ def upgraded(installed, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="the stand-in is for systemctl")
-def test_its_services_run_with_settings_and_model_and_are_moved_by_an_install(upgraded):
+def test_its_services_keep_settings_and_model_and_an_install_moves_them(upgraded):
     machine, control, urls = upgraded
     config = machine.home / "ai/turboquant/config.env"
     logs = machine.home / ".local/state/tqstack"

@@ -54,7 +54,7 @@ def test_doctor_finds_nothing_wrong_and_the_model_in_the_package(installed):
     assert "proven compressed" in told["model"]
 
 
-def test_a_dry_run_of_its_services_names_its_own_python_and_changes_nothing(installed):
+def test_a_dry_run_names_its_own_python_and_changes_nothing(installed):
     told = installed.told("service", "install", "--dry-run")
     for name in ("router", "sidecar"):
         assert f"{installed.prefix}/bin/python" in told and f"-m tqstack {name}" in told

@@ -201,7 +201,7 @@ def test_a_step_of_a_prompt_takes_no_more_than_planned_and_not_much_less(name):
 
 
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="what a CPU has")
-def test_our_layers_take_the_place_of_the_slow_ones_and_give_the_same_logits(name):
+def test_our_layers_replace_the_slow_ones_and_give_the_same_logits(name):
     model, layers = unadapted(CONFIGS[name]), read_geometry(CONFIGS[name]).layers
     want = read(model, PLAIN.make(model), tokens(40))
     replaced = adapt(model)

@@ -100,9 +100,7 @@ def unknown(config):
 
 
 @pytest.mark.parametrize("version", ["turboquant", "none"])
-def test_a_model_without_a_formula_is_told_by_what_is_known_and_measured_when_loaded(
-    version, monkeypatch
-):
+def test_a_model_without_a_formula_is_measured_when_loaded(version, monkeypatch):
     known = load_runtime(settings(tq_cache_version=version))
     monkeypatch.setattr("tqstack.models.spec.read_geometry", unknown)
     changed = settings(tq_cache_version=version)
@@ -118,7 +116,7 @@ def test_a_model_without_a_formula_is_told_by_what_is_known_and_measured_when_lo
     assert runtime.workspace(step // 2) * 2 == pytest.approx(runtime.plan.workspace, abs=2)
 
 
-def test_a_prefill_of_the_demo_takes_no_more_than_planned_and_not_much_less(demo):
+def test_a_prefill_takes_no_more_than_planned_and_not_much_less(demo):
     plan, step, context = demo.plan, demo.prefill_step, 2048
     cache = demo.new_cache()
     mx.reset_peak_memory()
@@ -226,7 +224,7 @@ def test_a_model_without_a_formula_is_refused_not_guessed(model_type, changes, w
 
 @examples(deadline=None, max_examples=40)  # each reads the model's files
 @given(st.integers(1, 40_000), st.integers(0, 200_000_000))
-def test_advice_is_empty_exactly_if_it_fits_and_the_context_that_it_names_fits(tokens, room):
+def test_advice_is_given_only_if_needed_and_what_it_names_fits(tokens, room):
     one = plan_spec(settings(), SPEC)
 
     def planned(changed: Settings) -> Plan:

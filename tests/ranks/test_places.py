@@ -58,7 +58,7 @@ def test_jaccl_hosts_have_their_devices_and_a_coordinator(places):
     assert role.environment["MLX_METAL_FAST_SYNCH"] == "1" and role.backend == "jaccl"
 
 
-def test_ranks_on_gpus_of_one_machine_have_one_each_and_stay_on_the_loopback(monkeypatch):
+def test_ranks_on_one_machine_have_a_gpu_each_and_stay_on_loopback(monkeypatch):
     monkeypatch.setattr(supervisor, "accelerator", lambda: "cuda")
     settings = Settings(sidecar_model="demo", sidecar_ranks=2)
     found = Places.of(settings)
@@ -70,7 +70,7 @@ def test_ranks_on_gpus_of_one_machine_have_one_each_and_stay_on_the_loopback(mon
         assert (role.backend, role.beside) == ("nccl", 1)
 
 
-def test_a_role_is_the_same_behind_the_wire_and_others_are_told_no_key_of_clients(places):
+def test_a_role_crosses_the_wire_unchanged_without_clients_keys(places):
     first, second = roles(*places(RING))
     assert Role.from_line(second.to_line()) == second
     assert first.settings["tqstack_api_key"] == "secret"

@@ -53,7 +53,7 @@ def test_after_a_failure_it_is_probed_again_at_once():
             time.sleep(0.01)
 
 
-def test_three_failures_in_a_row_make_it_sick_and_a_trial_makes_it_well_again():
+def test_three_failures_in_a_row_make_it_sick_until_a_trial_succeeds():
     with Stack() as stack:
         stack.sidecar.script = fails
         for _ in range(3):

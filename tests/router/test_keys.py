@@ -77,9 +77,7 @@ def test_the_file_holds_hashes_and_is_for_the_owner_s_eyes(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"keys": [{"name": "A B"}]}', "\x00", "[" * 10_000])
-def test_a_wrong_file_of_keys_is_an_error_at_start_and_changes_nothing_later(
-    monkeypatch, tmp_path, text
-):
+def test_a_wrong_file_of_keys_fails_the_start_and_no_later_reload(monkeypatch, tmp_path, text):
     with Keyed(monkeypatch, tmp_path) as stack:
         key = stack.add("laptop")
         assert stack.ask(key).status_code == 200

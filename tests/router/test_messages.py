@@ -69,7 +69,7 @@ def test_claude_code_s_wire_format(stack):
     assert chat["reasoning_effort"] == "high"
 
 
-def test_the_attribution_line_reaches_no_backend_that_speaks_the_api_itself():
+def test_the_attribution_line_reaches_no_backend_of_the_same_api():
     with Stack() as stack:
         for system in (SYSTEM, f"{SYSTEM[0]['text']}\n\nYou are an agent."):
             stack.post("/v1/messages", model="qwen", max_tokens=5, messages=HELLO, system=system)
@@ -127,7 +127,7 @@ def test_a_stop_string_is_told(stack, stream):
     assert (usage.input_tokens, usage.cache_read_input_tokens) == (10, 20)
 
 
-def test_message_start_tells_an_estimate_where_the_backend_counts_at_the_end(stack):
+def test_message_start_tells_an_estimate_until_the_backend_counts(stack):
     with stack.anthropic.messages.stream(model="tq:", max_tokens=50, messages=HELLO) as events:
         started = next(event for event in events if event.type == "message_start")
     assert started.message.usage.input_tokens > 0

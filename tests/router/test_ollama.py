@@ -68,7 +68,7 @@ def test_a_long_prompt_falls_back_to_a_model_whose_num_ctx_holds_it():
         assert ollama.loaded == []
 
 
-def test_what_ollama_gives_a_model_is_found_out_before_a_prompt_that_it_may_cut():
+def test_ollamas_context_is_found_out_before_a_prompt_it_may_cut():
     ollama = Ollama(given=4_096)
     with ollama.stack() as stack:
         assert stack.chat("hello").headers["x-tqstack-backend"] == "ollama"

@@ -244,7 +244,7 @@ def test_an_estimate_within_its_slack_of_the_context_is_not_refused():
     assert error.value.code == "context_length_exceeded"
 
 
-def test_a_prompt_over_every_known_context_is_refused_though_one_backend_tells_none():
+def test_a_prompt_over_every_known_context_is_refused():
     with pytest.raises(ApiError) as error:
         decide(ask("qwen", 200_000), views())
     assert error.value.code == "context_length_exceeded"

@@ -88,7 +88,7 @@ def test_a_prompt_waits_for_those_before_it_and_for_what_is_unread():
     assert load.seconds(500) == pytest.approx(0.5)
 
 
-def test_a_backend_that_keeps_nothing_is_not_trusted_with_prefixes_until_it_does():
+def test_a_backend_that_keeps_nothing_is_not_trusted_with_prefixes():
     load = Load()
     for _ in range(4):
         load.learn_cached(1_000, 0)
@@ -201,7 +201,7 @@ def test_what_two_apis_say_is_one_conversation(fleet):
     assert answer.headers["x-tqstack-reason"] == "warm-prefix"
 
 
-def test_a_conversation_that_shrank_below_the_threshold_stays_at_the_sidecar():
+def test_a_conversation_that_shrank_stays_at_the_sidecar():
     with Stack(prompt_token_threshold=18_000) as stack:
         messages = [{"role": "user", "content": LONG}, {"role": "assistant", "content": "hm"}]
         stack.post(messages=[*messages, {"role": "user", "content": "and " * 5_000}])

@@ -134,7 +134,7 @@ class Asking:
         return (await self.client.get("/status")).json()
 
 
-def test_a_full_backend_spills_over_then_requests_wait_in_line_then_are_turned_away(fleet):
+def test_full_backends_spill_over_then_queue_then_turn_away(fleet):
     desk, shed = fleet["desk"], fleet["shed"]
 
     async def scenario() -> None:

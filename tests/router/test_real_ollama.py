@@ -273,9 +273,7 @@ def test_one_message_that_ollama_refuses_as_too_long_goes_to_the_sidecar(ollama)
 
 @pytest.mark.parametrize("stream", [True, False])
 @MODELS
-def test_a_runner_that_dies_in_the_middle_is_an_error_and_the_next_request_is_answered(
-    ollama, stack, model, stream
-):
+def test_a_dying_runner_is_an_error_and_the_next_request_is_answered(ollama, stack, model, stream):
     say(stack, "SAY", model)
 
     def kill():

@@ -47,7 +47,7 @@ def test_another_backend_may_still_hold_it():
         assert "ollama" in response.text
 
 
-def test_a_prompt_that_ollama_s_own_server_finds_too_long_goes_to_the_sidecar():
+def test_a_prompt_that_ollama_finds_too_long_goes_to_the_sidecar():
     said = "request (40020 tokens) exceeds the available context size (4096 tokens)"
     inner = {"code": 400, "message": said, "type": "exceed_context_size_error", "n_ctx": 4096}
     outer = {"message": json.dumps({"error": inner}), "type": "invalid_request_error", "code": None}

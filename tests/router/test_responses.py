@@ -62,7 +62,7 @@ def test_a_free_form_tool_is_called_with_text(stack):
     assert "".join(deltas) == "*** Begin Patch\n"
 
 
-def test_a_namespace_s_tools_are_functions_that_are_called_by_their_own_names(stack):
+def test_a_namespaces_tools_are_called_by_their_own_names(stack):
     stack.sidecar.script = works("agents__spawn", lambda _: {})
     [_, call] = output_of(stack, tools=[AGENTS, LOOK])
     assert (call["type"], call["namespace"], call["name"]) == ("function_call", "agents", "spawn")

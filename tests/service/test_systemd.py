@@ -40,7 +40,7 @@ def calls(folder) -> list[list[str]]:
     return lines
 
 
-def test_a_unit_restarts_on_failure_but_not_on_a_setting_that_cannot_be_used(place):
+def test_a_unit_restarts_on_failure_but_not_on_unusable_settings(place):
     unit = render("router", place).decode()
     for line in (
         f"ExecStart={quoted(str(place.python))} -m tqstack router",

@@ -53,7 +53,7 @@ def state(engine):
     return engine.status()["lifecycle"]["state"]
 
 
-def test_a_lazy_engine_loads_for_the_first_job_unloads_when_idle_and_loads_again():
+def test_a_lazy_engine_loads_for_a_job_and_unloads_when_idle():
     loader = Loader(SETTINGS)
     gc.collect()
     before = mx.get_active_memory()
