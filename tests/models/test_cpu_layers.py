@@ -64,6 +64,15 @@ def test_a_product_with_panels_is_the_product(paying, outputs, rows, bias):
     )
 
 
+@pytest.mark.parametrize("rows", [15, 16, 100, products.PIECED, products.PIECED + 1])
+def test_rows_in_pieces_and_rows_with_the_whole_matrix_are_the_product(paying, rows):
+    linear, x = nn.Linear(1024, 128, bias=False), mx.random.normal((1, rows, 1024))
+    assert products.SMALL // (1024 * 64) == 15
+    want = linear(x)
+    assert products.install(linear) == 1
+    assert linear(x).shape == want.shape and mx.allclose(linear(x), want, atol=1e-5)
+
+
 def test_an_output_head_in_panels_is_the_head_and_looks_tokens_up(paying):
     embedding, tokens = nn.Embedding(128, 24), mx.array([[3, 5], [127, 64]])
     x = mx.random.normal((2, 2, 24))

@@ -96,9 +96,12 @@ def test_top_shows_backends_and_requests_and_says_when_nobody_is_there(tmp_path)
 def test_the_bench_measures_the_router(tmp_path):
     figures = tmp_path / "figures.json"
     command = ["bench", "router", "--rounds", "1", "--seconds", "0.5", "--output", str(figures)]
+    command += ["--replicas", "2"]
     subprocess.run([sys.executable, "-m", "tqstack", *command], check=True, capture_output=True)
     measured = json.loads(figures.read_text())
     assert measured["tqstack"]["rps_small"] > 100
     # What a reader would notice first; generous, for a machine that does other things as well.
     assert measured["tqstack"]["ttft_small"] < measured["direct"]["ttft_small"] + 20
     assert measured["tqstack"]["cancel_wait"] < 200
+    one, two = (measured[name]["rps_slow"] for name in ("1 slow backend", "2 slow backends"))
+    assert one < 45 and two > 1.5 * one

@@ -21,6 +21,10 @@ def bench_router(
     backends: Annotated[
         str, typer.Option(help="measure the router with so many backends, too, by commas: 2,10")
     ] = "",
+    replicas: Annotated[
+        int,
+        typer.Option(min=0, help="then what so many backends of a fixed speed answer, beside one"),
+    ] = 0,
     output: Annotated[Path | None, typer.Option(help="Write the figures as JSON here.")] = None,
 ) -> None:
     """What the router costs: beside a direct connection, and nginx and LiteLLM if installed."""
@@ -29,8 +33,10 @@ def bench_router(
     counts = numbers(backends) if backends else []
     if any(not 2 <= count <= 100 for count in counts):
         fail(f"--backends {backends}: from 2 to 100 of them", 2)
+    if replicas == 1 or replicas > 100:
+        fail(f"--replicas {replicas}: from 2 to 100 of them", 2)
     try:
-        targets = run(rounds, seconds, requests, counts)
+        targets = run(rounds, seconds, requests, counts, replicas)
     except (OSError, RuntimeError) as error:
         fail(f"the measurement broke off: {error}", 1)
     if output:

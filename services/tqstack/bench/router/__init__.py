@@ -31,6 +31,9 @@ from tqstack.bench.router.targets import (
     running,
 )
 
+# Backends of a fixed speed, as replicas have one.
+SLOW_SECONDS, SLOW_AT_ONCE = 0.05, 2
+_SLOW = f"backends of {SLOW_AT_ONCE} at once in {1000 * SLOW_SECONDS:.0f} ms"
 # Figure, what it is, unit.
 _ROWS = [
     ("rps_small", "requests per second, 500 bytes, 16 connections", "{:,.0f}"),
@@ -43,12 +46,17 @@ _ROWS = [
     ("cpu_us_chunk", "processor time per chunk, µs", "{:,.0f}"),
     ("cancel_wait", "cancel seen by the backend, no byte yet, worst, ms", "{:.1f}"),
     ("cancel_stream", "cancel seen by the backend, in a stream, worst, ms", "{:.1f}"),
+    ("rps_slow", f"requests per second, {_SLOW}, 16 connections", "{:,.0f}"),
     ("resident", "resident memory at the end, MB", "{:.0f}"),
 ]
 
 
 def run(
-    rounds: int = 3, seconds: float = 3.0, requests: int = 0, backends: Sequence[int] = ()
+    rounds: int = 3,
+    seconds: float = 3.0,
+    requests: int = 0,
+    backends: Sequence[int] = (),
+    replicas: int = 0,
 ) -> list[Target]:
     """Measures every target that is installed, and prints a table.
 
@@ -57,6 +65,7 @@ def run(
         seconds: how long a measure of throughput or streams lasts.
         requests: send so many more to the router at the end, to see whether its memory stays flat.
         backends: measure the router with so many, too.
+        replicas: measure what one and so many backends of a fixed speed answer together, too.
     """
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -73,6 +82,13 @@ def run(
         if litellm_path():
             targets.append(stack.enter_context(litellm(backend, Path(folder))))
         uvloop.run(_measure(targets, backend, rounds, seconds))
+        if replicas:
+            slow = [
+                stack.enter_context(router(backend, Path(folder), count, SLOW_AT_ONCE))
+                for count in (1, replicas)
+            ]
+            uvloop.run(_measure_slow(slow, rounds, seconds))
+            targets += slow
         if requests:
             uvloop.run(_soak(targets, requests))
     _report(targets)
@@ -100,6 +116,13 @@ async def _measure(targets: list[Target], backend: int, rounds: int, seconds: fl
     for target in targets:
         if target.pids:
             target.note(resident=target.resident_mb())
+
+
+async def _measure_slow(targets: list[Target], rounds: int, seconds: float) -> None:
+    order = f"after{SLOW_SECONDS}"
+    for _ in range(rounds):
+        for target in targets:
+            await load.throughput(target, load.SMALL, 16, seconds, order, "slow")
 
 
 async def _soak(targets: list[Target], requests: int) -> None:

@@ -2,7 +2,8 @@
 
 `python -m tqstack.bench.router.backend` prints its port. What the prompt begins with says what to
 do: `#100x0.01#` streams 100 chunks, 0.01 s apart, each with the time at which it was sent; `#hang#`
-never answers; anything else is answered at once. `GET /closed` tells when requests were given up.
+never answers; `#after0.05#` is answered after 0.05 s; anything else is answered at once. `GET
+/closed` tells when requests were given up.
 """
 
 from __future__ import annotations
@@ -92,11 +93,17 @@ class _Connection(asyncio.Protocol):
     def _do(self, what: str) -> None:
         if what == "hang":
             self._task = asyncio.ensure_future(asyncio.sleep(60))
+        elif what.startswith("after"):
+            self._task = asyncio.ensure_future(self._late(float(what.removeprefix("after"))))
         elif what:
             count, _, interval = what.partition("x")
             self._task = asyncio.ensure_future(self._stream(int(count), float(interval)))
         else:
             self._transport.write(_json(_ANSWER))
+
+    async def _late(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        self._transport.write(_json(_ANSWER))
 
     async def _stream(self, count: int, interval: float) -> None:
         self._transport.write(_STREAM_HEAD + _event())

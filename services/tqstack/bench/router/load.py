@@ -89,9 +89,16 @@ async def connect(port: int) -> Connection:
     return (await loop.create_connection(Connection, "127.0.0.1", port))[1]
 
 
-async def throughput(target: Target, size: int, connections: int, seconds: float) -> None:
-    """Requests per second of `connections` clients without a pause, and processor time of each."""
-    request, done = request_bytes(size), 0
+async def throughput(
+    target: Target, size: int, connections: int, seconds: float, order: str = "", kind: str = ""
+) -> None:
+    """Requests per second of `connections` clients without a pause, and processor time of each.
+
+    Args:
+        order: what the backend is told to do.
+        kind: what the figures are called, if not by the size.
+    """
+    request, done = request_bytes(size, order), 0
     clients = [await connect(target.port) for _ in range(connections)]
     end = time.perf_counter() + seconds
 
@@ -106,7 +113,7 @@ async def throughput(target: Target, size: int, connections: int, seconds: float
     elapsed = time.perf_counter() - began
     for client in clients:
         client.transport.close()
-    kind = "small" if size == SMALL else "large"
+    kind = kind or ("small" if size == SMALL else "large")
     target.note(**{f"rps_{kind}": done / elapsed})
     if cpu:
         target.note(**{f"cpu_us_{kind}": 1e6 * (target.cpu_seconds() - cpu) / done})

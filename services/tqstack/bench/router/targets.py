@@ -91,13 +91,21 @@ def wait_for(port: int, seconds: float = 60) -> None:
 
 
 @contextlib.contextmanager
-def router(backend: int, folder: Path, count: int = 1) -> Iterator[Target]:
-    """The router before so many backends, which are all the same one."""
+def router(backend: int, folder: Path, count: int = 1, at_once: int = 0) -> Iterator[Target]:
+    """The router before so many backends, which are all the same one.
+
+    Args:
+        at_once: the most requests that each of them takes at a time; 0: any number.
+    """
     port, name = free_port(), "tqstack" if count == 1 else f"tqstack, {count} backends"
-    config, backends = folder / f"config-{count}.env", folder / f"backends-{count}.toml"
+    if at_once:
+        name = f"{count} slow backend{'s' * (count > 1)}"
+    config = folder / f"config-{count}-{at_once}.env"
+    backends = config.with_suffix(".toml")
+    limit = f"at_once = {at_once}\n" if at_once else ""
     backends.write_text(
         "".join(
-            f'[[backend]]\nname = "b{i}"\nkind = "ollama"\nurl = "http://127.0.0.1:{backend}"\n'
+            f'[[backend]]\nname = "b{i}"\nkind = "ollama"\nurl = "http://127.0.0.1:{backend}"\n{limit}'
             for i in range(count)
         )
     )

@@ -5,7 +5,8 @@ reads it by rows for one; several threads that share a small product wait for ea
 for small matrices does neither. So a matrix is kept as a stack of such: 64 outputs each, their
 weights for an input side by side. Then a product takes as long as its matrix needs to come from
 memory, for one row or for five (1,024 x 384, AVX-512, one thread: 79 and 95 us; as `nn.Linear` has
-it 150 and 318). Prompts put the matrix together again, a copy that is a twentieth of their product.
+it 150 and 318). More rows are taken in pieces; long prompts put the matrix together again, a copy
+that is a twentieth of their product.
 OpenBLAS has that code for some processors only, and so it is measured whether panels pay.
 """
 
@@ -19,6 +20,7 @@ import mlx.nn as nn
 
 SMALL = 1_000_000  # multiplications of a product for which OpenBLAS uses that code
 ROWS = 8  # that every product must have room for
+PIECED = 128  # rows; of more, copying the matrix costs less than reading its panels again and again
 WIDTHS = (64, 32, 16)  # of panels, the faster ones first
 TRIALS = 50  # of a tenth of a millisecond: a busy machine has quiet ones, too
 GAIN = 0.7  # of the time: less is noise, or what threads that share a product lose to each other
@@ -91,11 +93,14 @@ def matrix(panels: mx.array) -> mx.array:
 def product(x: mx.array, panels: mx.array) -> mx.array:
     """(..., K) and (N / width, K, width) -> (..., N)"""
     K, width = panels.shape[1:]
-    rows = x.size // K
-    if not 0 < rows * K * width <= SMALL:
+    rows, most = x.size // K, SMALL // (K * width)
+    if not 0 < rows <= PIECED:
         (panels,) = mx.depends([panels], [x])  # now, or all of a model's would be held at once
         return x @ matrix(panels)
-    y = x.reshape(1, rows, K) @ panels  # (N / width, rows, width)
+    flat = x.reshape(1, rows, K)
+    # (N / width, rows, width) each
+    pieces = [flat[:, first : first + most] @ panels for first in range(0, rows, most)]
+    y = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
     return y.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
 
 
