@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import signal
 import threading
 import time
@@ -9,10 +11,13 @@ import time
 import httpx
 import psutil
 import pytest
+from rich.console import Console
 
-from processes import wait_until
+from processes import get, wait_until
 from ranks.group_of_two import two_ranks
+from router.stack import Stack
 from tqstack import demo_model
+from tqstack.cli.top import screen
 
 SEEN = 10.0  # seconds within which `/health` must not be 200 any more
 PROMPT = [int(token) for token in demo_model.held_out_tokens()[:16_000]]
@@ -24,49 +29,54 @@ def pair(tmp_path_factory):
         yield pair
 
 
-class Request(threading.Thread):
-    """A stream that is read to its end, or to its failure."""
+@pytest.fixture(scope="module")
+def router(pair):
+    """Before the pair, and an Ollama of a few words."""
+    port = int(pair.url.rpartition(":")[2])
+    with Stack(sidecar_port=port, router_ping_seconds=0.1, prompt_token_threshold=1000) as stack:
+        yield stack
 
-    def __init__(self, pair, prompt, sign):
+
+class Request(threading.Thread):
+    """A stream through the router that is read to its end, or to its failure."""
+
+    def __init__(self, router, model, prompt, sign):
         super().__init__(daemon=True)
-        self._pair, self._prompt, self._sign = pair, prompt, sign
+        self._router, self._asked, self._sign = router, {"model": model, "prompt": prompt}, sign
         self.begun = threading.Event()
+        self.lines: list[str] = []
 
     def run(self):
-        body = {"model": "demo", "prompt": self._prompt, "max_tokens": 5000, "stream": True}
+        body = {**self._asked, "max_tokens": 5000, "stream": True}
         body |= {"ignore_eos": True, "temperature": 0}
-        try:
-            with (
-                self._pair.client() as client,
-                client.stream("POST", "/v1/completions", json=body) as stream,
-            ):
-                for line in stream.iter_lines():
-                    if line.startswith(self._sign):
-                        self.begun.set()
-        except httpx.HTTPError:
-            pass
+        url = f"{self._router.url}/v1/completions"
+        with httpx.stream("POST", url, json=body, timeout=120, trust_env=False) as stream:
+            for line in stream.iter_lines():
+                self.lines.append(line)
+                if line.startswith(self._sign):
+                    self.begun.set()
 
 
-CASES = [
-    (1, signal.SIGKILL, "decode"),
-    (1, signal.SIGSTOP, "prefill"),
-    (0, signal.SIGKILL, "prefill"),
-    (0, signal.SIGSTOP, "decode"),
-]
+CASES = list(itertools.product((0, 1), (signal.SIGKILL, signal.SIGSTOP), ("prefill", "decode")))
 
 
 @pytest.mark.parametrize("rank, what, when", CASES)
-def test_a_rank_that_dies_or_hangs_is_seen_and_all_start_again(pair, rank, what, when):
+def test_a_rank_that_dies_or_hangs_is_seen_and_all_start_again(pair, router, rank, what, when):
+    wait_until(lambda: router.http.get("/health").json()["sidecar_available"], "it is known")
     before = [pair.rank(0), pair.rank(1)]
-    prompt, sign = (PROMPT, ": prefill") if when == "prefill" else (PROMPT[:20], "data: ")
-    request = Request(pair, prompt, sign)
+    asked = (
+        ("demo", PROMPT, ": prefill") if when == "prefill" else ("tq:demo", PROMPT[:20], "data: ")
+    )
+    request = Request(router, *asked)
     request.start()
-    assert request.begun.wait(60)
+    assert request.begun.wait(60), request.lines
     before[rank].send_signal(what)
     began = time.monotonic()
     wait_until(lambda: not pair.is_up(), "it is seen", SEEN)
     request.join(SEEN + 20 - (time.monotonic() - began))
     assert not request.is_alive(), "the client hangs"
+    # Another backend answers if nothing of an answer has reached the client; else that is an error.
+    assert ("ollama" if when == "prefill" else '"error"') in "".join(request.lines)
     wait_until(pair.is_up, "all start again", 90)
     _, alive = psutil.wait_procs(before, timeout=5)
     assert not alive
@@ -74,6 +84,20 @@ def test_a_rank_that_dies_or_hangs_is_seen_and_all_start_again(pair, rank, what,
     with pair.client() as client:
         assert client.post("/v1/completions", json=body).is_success
     assert len(pair.supervisor.children()) == 2
+
+
+def test_metrics_and_top_tell_of_each_rank(pair, router):
+    each = pair.health()["ranks"]["each"]
+    metrics = get(f"{pair.url}/metrics")
+    assert metrics is not None
+    for one in each:
+        labels = f'{{host="{one["host"]}",rank="{one["rank"]}"}}'
+        assert f"tqstack_sidecar_rank_silent_seconds{labels}" in metrics.text
+        assert f"tqstack_sidecar_rank_bytes{labels}" in metrics.text
+    router.probe()
+    text = io.StringIO()
+    Console(width=160, file=text).print(screen(router.http.get("/status").json(), rows=5))
+    assert text.getvalue().count(" s ago") == 2
 
 
 def test_without_their_supervisor_ranks_end(tmp_path):

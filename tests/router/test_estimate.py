@@ -256,6 +256,12 @@ def test_base64_of_an_image_counts_as_an_image():
     assert Weights().tokens(size) < 2_000
 
 
+def test_a_prompt_given_as_tokens_has_as_many():
+    for path in ("prompt", "input"):
+        size = measure({path: list(range(10_000))})
+        assert abs(Weights().tokens(size) / 10_000 - 1) < 0.05
+
+
 def test_every_part_of_a_request_counts():
     base = {"messages": [{"role": "user", "content": "hello"}]}
     call = {"function": {"name": "f", "arguments": "word " * 80}}

@@ -83,6 +83,8 @@ def _card(name: str, backend: dict[str, Any]) -> Panel:
     facts.add_row("running", _count(backend["running"]) + most)
     if backend["prefill_speed"]:
         facts.add_row("reads", f"{backend['prefill_speed']:,.0f} tokens/s")
+    if ranks := backend["health"].get("ranks"):
+        facts.add_row("ranks", _ranks(ranks))
     cache = backend["health"].get("cache") or {}
     if cache.get("bytes_fp16"):
         used, full = cache["bytes"] / 1e6, cache["bytes_fp16"] / 1e6
@@ -90,6 +92,14 @@ def _card(name: str, backend: dict[str, Any]) -> Panel:
     elif backend["state"] not in ("up", "off"):
         facts.add_row("why", backend["detail"])
     return Panel(facts, title=name, border_style=_KIND[backend["kind"]], title_align="left")
+
+
+def _ranks(ranks: dict[str, Any]) -> str:
+    """A line for each: where it runs, what it holds, and when it was last heard of."""
+    return "\n".join(
+        f"{one['host']}: {one['bytes'] / 1e6:,.1f} MB, heard {one['silent_seconds']:.1f} s ago"
+        for one in ranks["each"]
+    )
 
 
 def _clients(clients: dict[str, dict[str, Any]]) -> Table:

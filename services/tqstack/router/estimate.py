@@ -95,8 +95,8 @@ def _collect(request: dict[str, Any], texts: list[str]) -> tuple[int, int]:
     messages = images = 0
     for key in ("messages", "input", "system", "prompt", "instructions"):
         value = request.get(key)
-        if isinstance(value, list):
-            messages += len(value)
+        if isinstance(value, list):  # of messages, texts or tokens
+            messages += sum(isinstance(one, dict) for one in value)
         if value:
             images += _gather(value, texts)
     return messages, images

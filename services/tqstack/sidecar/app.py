@@ -77,7 +77,7 @@ class Sidecar:
         self._loader = loader
         self._id, path = resolve(settings.model_name)
         self._names = (self._id, path, *ANY_MODEL)
-        self._metrics = Metrics(engine)
+        self._metrics = Metrics(engine, loader.group)
         self._body_limit = settings.router_body_limit_mb << 20  # what the router lets pass
 
     async def chat_completions(self, request: Request) -> Response:

@@ -9,6 +9,28 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from tqstack.engine.engine import Engine
+from tqstack.ranks.group import Group
+
+
+class RankCollector:
+    """What each rank of a divided model last said of itself."""
+
+    def __init__(self, group: Group):
+        self._group = group
+
+    def collect(self) -> Iterable[Metric]:
+        gauges = {
+            "silent_seconds": "Since the rank was heard of",
+            "bytes": "Held by the rank's device",
+            "step": "Orders that the rank has carried out",
+        }
+        each = self._group.status()["each"]
+        for name, what in gauges.items():
+            gauge = GaugeMetricFamily(f"tqstack_sidecar_rank_{name}", what, labels=["rank", "host"])
+            for one in each:
+                if name in one:
+                    gauge.add_metric([str(one["rank"]), one["host"]], one[name])
+            yield gauge
 
 
 class EngineCollector:
@@ -53,9 +75,11 @@ class EngineCollector:
 class Metrics:
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, group: Group | None):
         self._registry = CollectorRegistry()
-        self._registry.register(EngineCollector(engine))  # pyright: ignore[reportArgumentType]
+        collectors = [EngineCollector(engine), *([RankCollector(group)] if group else [])]
+        for collector in collectors:
+            self._registry.register(collector)  # pyright: ignore[reportArgumentType]
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
