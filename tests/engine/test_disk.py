@@ -109,6 +109,20 @@ def arrays(size):
     return {"x": np.zeros(size, np.uint8)}
 
 
+def test_what_is_written_when_nobody_asks_for_anything_is_told(tiny, noise, tmp_path):
+    runtime = tiny()
+    disk = DiskStore(tmp_path, 1 << 30, runtime.fingerprint)
+    worker = Worker(runtime, disk=disk)
+    finished(worker, submit(worker, noise[:700]))
+    while worker.resting:
+        worker.rest()
+    disk.flush()
+    told = worker.status()
+    assert told["prefixes"]["disk"]["written"] == len(list(tmp_path.iterdir())) > 0
+    assert told["memory"]["parts"]["in_flight"] == 0
+    assert told["memory"]["held"] == sum(told["memory"]["parts"].values())
+
+
 def test_the_quota_holds_and_the_longest_unused_goes_first(tmp_path):
     disk = DiskStore(tmp_path, 10_000, "model")
     for i in range(8):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -79,6 +80,16 @@ class Meter:
                 "disk": disk.as_dict() if disk is not None else None,
             },
         }
+
+    def as_of_now(self, measured: dict[str, Any]) -> dict[str, Any]:
+        """What was measured, with the disk as it is now: it writes on when nobody measures."""
+        told, disk = copy.deepcopy(measured), self.prefixes.disk
+        if disk is not None:
+            told["prefixes"]["disk"] = disk.as_dict()
+            parts = told["memory"]["parts"]
+            parts["in_flight"] = disk.in_flight
+            told["memory"]["held"] = sum(parts.values())
+        return told
 
     def kv_bytes(self, running: Running) -> int:
         """Keys and values of a sequence; blocks that others share count in each."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections import Counter
@@ -375,7 +374,7 @@ class Worker:
                 "waiting": len(tracked) - len(running),
                 "context_tokens": [len(one.tokens) for one in running],
             },
-            **copy.deepcopy(self._measured),
+            **self._meter.as_of_now(self._measured),
             "speculation": self._model.speculation.as_dict(),
             "totals": {name: self.totals[name] for name in TOTALS},
             "last_token_at": self.last_token_at,
