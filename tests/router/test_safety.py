@@ -263,4 +263,5 @@ def test_no_request_is_answered_with_a_fault_of_the_router(stack, path, body):
     response = stack.http.post(path, content=json.dumps(body))
     assert response.status_code in (200, 400)
     if response.status_code == 400:
-        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+        told = set(response.json()["error"]) - {"details"}  # that some of Anthropic's have
+        assert told == {"message", "type", "param", "code"}
