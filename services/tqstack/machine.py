@@ -38,3 +38,8 @@ def hub_cache() -> Path:
         return Path(os.environ["HF_HUB_CACHE"]).expanduser()
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("HF_HOME") or caches / "huggingface").expanduser() / "hub"
+
+
+def hub_folder(model: str) -> Path:
+    """Where a model of that name is, if it was downloaded."""
+    return hub_cache() / f"models--{model.replace('/', '--')}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from tqstack.machine import hub_cache
+from tqstack.machine import hub_folder
 from tqstack.router.estimate import texts_of
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def find_tokenizer(model: str) -> Path | None:
     """The `tokenizer.json` of a model that is on this machine: `demo`, a folder, or a hub name."""
     candidates = [
         Path(__file__).parents[1] / "demo_model" if model == "demo" else Path(model).expanduser(),
-        *sorted(hub_cache().glob(f"models--{model.replace('/', '--')}/snapshots/*")),
+        *sorted(hub_folder(model).glob("snapshots/*")),
     ]
     files = (folder / "tokenizer.json" for folder in candidates)
     return next((file for file in files if file.is_file()), None)

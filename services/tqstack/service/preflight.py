@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tqstack.machine import DEFAULT_MAC_MODEL, SMALL_MEMORY, accelerator, hub_cache, machine_memory
+from tqstack.machine import DEFAULT_MAC_MODEL, SMALL_MEMORY, accelerator, hub_folder, machine_memory
 
 GB = 10**9
 DISK_FOR_MODEL, DISK_FOR_PACKAGES = 30 * GB, 3 * GB
@@ -87,7 +87,7 @@ def find_facts(model: str) -> MachineFacts:
         model = DEFAULT_MAC_MODEL if on_big_mac else "demo"
     here = model == "demo" or Path(model).expanduser().is_dir()
     macos = platform.mac_ver()[0]
-    cached = hub_cache() / f"models--{model.replace('/', '--')}"
+    cached = hub_folder(model)
     return MachineFacts(
         system=platform.system(),
         machine=platform.machine(),

@@ -93,9 +93,13 @@ def single(
     """The layer's answer to a token (B, 1, width), and what the convolution still needs and the
     state behind it."""
     out, (window, u, k, log_G) = several(mixer, x, past, state)
-    old = state.reshape(*u.shape[:3], *state.shape[2:])
-    new = mx.exp(log_G)[..., None] * old + u.swapaxes(-1, -2) * k
+    new = mx.exp(log_G)[..., None] * _by_key_head(state, u) + u.swapaxes(-1, -2) * k
     return out, window[:, 1:], new.reshape(state.shape)
+
+
+def _by_key_head(state: mx.array, u: mx.array) -> mx.array:
+    """(B, heads, Dv, Dk) -> (B, key heads, value heads of each, Dv, Dk), as `u` has them."""
+    return state.reshape(*u.shape[:3], *state.shape[2:])
 
 
 def _projected(mixer: Any, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
@@ -158,6 +162,5 @@ def accepted(
     last = mx.take_along_axis(log_G, counts[:, None, None, None] - 1, axis=3)  # (B, Hk, Hv / Hk, 1)
     stays = mx.arange(L) < counts[:, None, None, None]
     share = mx.exp(mx.where(stays, last - log_G, -mx.inf))[..., None]  # G_c / G_t
-    old = state.reshape(*u.shape[:3], *state.shape[2:])
-    new = mx.exp(last)[..., None] * old + (u * share).swapaxes(-1, -2) @ k
+    new = mx.exp(last)[..., None] * _by_key_head(state, u) + (u * share).swapaxes(-1, -2) @ k
     return past, new.reshape(state.shape)
